@@ -1,0 +1,1 @@
+"""Configuration: the schema and its loading; imports no torch."""

@@ -1,0 +1,249 @@
+"""The configuration, as pydantic models. Every key of every YAML file is one field here.
+
+Imports no torch, so that `--help` and a wrong key answer at once. Field descriptions are the
+configuration reference of the documentation.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+
+
+def _kind(default: str) -> Discriminator:
+    """Choose the member of a tagged union by `kind`, which may be left out for the usual one."""
+
+    def tag(value: Any) -> Any:
+        return value.get("kind", default) if isinstance(value, dict) else value.kind
+
+    return Discriminator(tag)
+
+
+class WhisperEncoder(Section):
+    kind: Literal["whisper"] = "whisper"
+    id: str = Field(
+        description="Hub id, local directory, or `random:whisper` (tiny random weights)."
+    )
+    revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
+    context: Literal["trim", "pad30"] = Field(
+        "trim",
+        description="`trim` encodes the frames there are; `pad30` pads to 30 s and drops the "
+        "padded frames before the connector. Longer audio is encoded in chunks of 30 s.",
+    )
+
+
+class FilterbankEncoder(Section):
+    kind: Literal["fbank"] = "fbank"
+    mels: int = Field(80, ge=8, le=256, description="Mel filters.")
+    hidden_size: int = Field(768, ge=8, description="Width of the frames given to the connector.")
+
+
+Encoder = Annotated[
+    Annotated[WhisperEncoder, Tag("whisper")] | Annotated[FilterbankEncoder, Tag("fbank")],
+    _kind("whisper"),
+]
+
+
+class LLM(Section):
+    id: str = Field(
+        description="Hub id, local directory, or `random:llama`, `random:olmo2`, `random:qwen2`."
+    )
+    revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto",
+        description="Attention kernel. `auto`: eager on CPU (fastest there at short lengths), "
+        "sdpa elsewhere.",
+    )
+
+
+class TransformerConnector(Section):
+    kind: Literal["transformer"] = "transformer"
+    downsampling_factor: int = Field(6, ge=1, le=64, description="Frames stacked into one token.")
+    hidden_size: int = Field(1024, ge=1)
+    num_layers: int = Field(2, ge=1)
+    num_heads: int = Field(16, ge=1)
+    intermediate_size: int = Field(4096, ge=1)
+    norm_first: bool = Field(True, description="Pre-norm (true) or post-norm (false).")
+    add_final_norm: bool = Field(False, description="LayerNorm after the last layer.")
+    use_positional_embeddings: bool = Field(False, description="Sinusoidal positions.")
+    dropout: float = Field(0.1, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerConnector:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; "
+                "change one of them"
+            )
+        return self
+
+
+class MLPConnector(Section):
+    kind: Literal["mlp"] = "mlp"
+    downsampling_factor: int = Field(5, ge=1, le=64, description="Frames stacked into one token.")
+    hidden_size: int = Field(1536, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class LinearConnector(Section):
+    kind: Literal["linear"] = "linear"
+    downsampling_factor: int = Field(5, ge=1, le=64, description="Frames stacked into one token.")
+
+
+class Conv1dConnector(Section):
+    kind: Literal["conv1d"] = "conv1d"
+    downsampling_factor: int = Field(5, ge=1, le=64, description="Stride of the convolution.")
+    kernel_size: int = Field(7, ge=1, description="Frames seen by one token.")
+    hidden_size: int = Field(1024, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+Connector = Annotated[
+    Annotated[TransformerConnector, Tag("transformer")]
+    | Annotated[MLPConnector, Tag("mlp")]
+    | Annotated[LinearConnector, Tag("linear")]
+    | Annotated[Conv1dConnector, Tag("conv1d")],
+    _kind("transformer"),
+]
+
+
+class Prompt(Section):
+    kind: Literal["chat", "plain"] = Field(
+        "chat",
+        description="`chat`: texts are user turns of the LLM's own chat template; `plain`: texts "
+        "are the whole prompt as it stands.",
+    )
+    system: str | None = Field(None, description="System turn (chat only).")
+    texts: Annotated[tuple[str, ...], BeforeValidator(_as_list)] = Field(
+        ("Transcribe the speech to text: {audio}",),
+        min_length=1,
+        description="One is chosen per utterance and epoch. `{audio}` is where the audio goes; "
+        "without it the audio follows the text. An utterance's own `prompt` field replaces it.",
+    )
+
+    @model_validator(mode="after")
+    def _one_audio(self) -> Prompt:
+        for text in self.texts:
+            if text.count("{audio}") > 1:
+                raise ValueError(f"prompt text {text!r} holds {{audio}} more than once")
+        if self.kind == "plain" and self.system is not None:
+            raise ValueError("`system` belongs to kind: chat; write it into `texts` instead")
+        return self
+
+
+class Model(Section):
+    encoder: Encoder
+    llm: LLM
+    connector: Connector = TransformerConnector()
+    prompt: Prompt = Prompt()
+    frozen_dtype: Literal["auto", "fp32"] = Field(
+        "auto", description="Storage of frozen weights. `auto`: bf16 where precision is bf16."
+    )
+
+
+class Data(Section):
+    train: Paths = Field((), description="Directories or globs of tar shards with their indexes.")
+    validation: Paths = Field((), description="The same, for evaluation during training.")
+    microbatch_tokens: int = Field(
+        4096, ge=1, description="Budget of one microbatch, padding included, in LLM positions."
+    )
+    microbatches_per_step: int = Field(
+        8, ge=1, description="M: microbatches of a step over all ranks together."
+    )
+    window: int = Field(
+        20_000, ge=1, description="Utterances that are bucketed by length together."
+    )
+    min_seconds: float = Field(0.1, ge=0, description="Shorter utterances are dropped.")
+    max_seconds: float = Field(60.0, gt=0, description="Longer utterances are dropped.")
+    characters_per_token: float = Field(
+        3.0, gt=0, description="Estimate by which text length enters the budget."
+    )
+    num_workers: int = Field(2, ge=0, description="Loader processes of each rank; 0: none.")
+    prefetch: int = Field(4, ge=1, description="Microbatches each worker keeps ready.")
+    max_bad_fraction: float = Field(
+        0.01, ge=0, le=1, description="More unreadable utterances than this stop the run."
+    )
+
+
+class Optim(Section):
+    lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(5e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    warmup_steps: int = Field(500, ge=0)
+    min_lr_fraction: float = Field(0.0, ge=0, le=1, description="Final lr as a part of the peak.")
+
+
+class Train(Section):
+    steps: int = Field(15_000, ge=1, description="Optimizer steps of the whole run.")
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
+    keep_last: int = Field(1, ge=1, description="Newest checkpoints kept for resuming.")
+    keep_best: int = Field(1, ge=0, description="Best checkpoints kept besides.")
+    init_from: str | None = Field(
+        None, description="Run or checkpoint directory whose trained weights start this run."
+    )
+
+
+class Evaluation(Section):
+    every: int = Field(500, ge=0, description="Steps between evaluations; 0: never.")
+    max_utterances: int = Field(0, ge=0, description="For loss and accuracy; 0: all.")
+    wer_utterances: int = Field(0, ge=0, description="Decoded for WER; 0: no WER.")
+    metric: Literal["loss", "token_accuracy", "wer"] = Field(
+        "loss", description="What `best` means, and what early stopping watches."
+    )
+    patience: int = Field(0, ge=0, description="Evaluations without a new best; 0: no stopping.")
+
+    @model_validator(mode="after")
+    def _wer_is_measured(self) -> Evaluation:
+        if self.metric == "wer" and self.wer_utterances == 0:
+            raise ValueError("metric: wer needs wer_utterances above 0")
+        return self
+
+
+class Generation(Section):
+    max_new_tokens: int = Field(200, ge=1)
+    num_beams: int = Field(1, ge=1, description="1: greedy.")
+    microbatch_tokens: int = Field(4096, ge=1, description="Budget of a decoded batch.")
+    normalizer: Literal["whisper_en", "basic", "none"] = "whisper_en"
+
+
+class DDPStrategy(Section):
+    kind: Literal["ddp"] = "ddp"
+
+
+class Config(Section):
+    run_dir: str | None = Field(None, description="Where everything of the run is written.")
+    seed: int = Field(1, ge=0)
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Compute. What trains keeps fp32 master weights in either."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    model: Model
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+    evaluation: Evaluation = Evaluation()
+    generation: Generation = Generation()
+    strategy: DDPStrategy = DDPStrategy()
+
+    @model_validator(mode="after")
+    def _best_needs_evaluation(self) -> Config:
+        if self.evaluation.patience and not self.evaluation.every:
+            raise ValueError("evaluation.patience needs evaluation.every above 0")
+        return self

@@ -1,0 +1,1 @@
+"""Shards, their index, the plan of an epoch, and everything between a tar and a batch."""

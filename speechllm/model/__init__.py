@@ -1,0 +1,1 @@
+"""Front-end, encoder, connector and LLM, put together as one module."""

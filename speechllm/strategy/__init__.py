@@ -1,0 +1,1 @@
+"""One small protocol for how the ranks share the work of a step."""

@@ -1,0 +1,143 @@
+"""The few values that travel between the floors of the package.
+
+Shape legend: B examples of a microbatch, S positions of the LLM, A audio segments of a microbatch,
+N samples at 16 kHz.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speechllm.errors import (
+    AudioError as AudioError,
+    CheckpointError as CheckpointError,
+    ConfigError as ConfigError,
+    DataError as DataError,
+    ModelError as ModelError,
+    UserError as UserError,
+)
+
+SAMPLE_RATE = 16_000
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One decoded utterance.
+
+    samples: int16 [N], mono, 16 kHz. fields: whatever else the metadata held (lang, speaker, ...).
+    """
+
+    key: str
+    samples: np.ndarray
+    text: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return len(self.samples) / SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class TextSegment:
+    tokens: tuple[int, ...]
+    trained: bool = False
+
+
+@dataclass(frozen=True)
+class AudioSegment:
+    """samples: int16 [N], mono, 16 kHz."""
+
+    samples: np.ndarray
+
+
+Segment = TextSegment | AudioSegment
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one row of a batch is made of: any sequence of text and audio."""
+
+    key: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass
+class Batch:
+    """A collated microbatch.
+
+    Audio tokens fill the True positions of `audio_mask_BS` in row-major order, taking the audio
+    segments (rows of `audio_AN`) in order; each row's number of tokens is what the connector's
+    `out_length` says for its `audio_lengths_A`.
+    """
+
+    keys: list[str]
+    audio_AN: Tensor  # int16, zero padded
+    audio_lengths_A: Tensor  # int64, samples
+    tokens_BS: Tensor  # int64, any valid id where there is audio or padding
+    audio_mask_BS: Tensor  # bool
+    attention_mask_BS: Tensor  # int64, 1 where there is something
+    labels_BS: Tensor  # int64, IGNORE except on trained tokens; labels[t] is the token AT t
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            keys=self.keys,
+            audio_AN=self.audio_AN.to(device, non_blocking=True),
+            audio_lengths_A=self.audio_lengths_A.to(device, non_blocking=True),
+            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
+            audio_mask_BS=self.audio_mask_BS.to(device, non_blocking=True),
+            attention_mask_BS=self.attention_mask_BS.to(device, non_blocking=True),
+            labels_BS=self.labels_BS.to(device, non_blocking=True),
+        )
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Positions that the loss sees: labels other than IGNORE, the first position excepted."""
+        return int((self.labels_BS[:, 1:] != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class BadUtterance:
+    key: str
+    shard: str
+    reason: str
+
+
+@dataclass
+class Microbatch:
+    """One microbatch of a step, as a rank receives it.
+
+    index: its place among the M microbatches of the step. weight: 1, or 0 for a microbatch that is
+    run only so that the collectives of all ranks match (a repeat, or silence in place of a
+    microbatch in which nothing could be read).
+    """
+
+    index: int
+    weight: float
+    batch: Batch
+    utterances: int
+    audio_seconds: float
+    bad: tuple[BadUtterance, ...] = ()
+
+
+@dataclass
+class StepData:
+    """All microbatches of one step for one rank. `step` counts within the epoch, from 0."""
+
+    epoch: int
+    step: int
+    microbatches: list[Microbatch]
+
+
+class LossSums(NamedTuple):
+    """Sums over the target tokens of a microbatch: cross entropy in nats (fp32), right guesses."""
+
+    loss: Tensor
+    correct: Tensor
+    tokens: Tensor
