@@ -6,35 +6,50 @@ configuration reference of the documentation.
 
 from __future__ import annotations
 
+from os.path import expanduser
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic import model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Path = Annotated[str, AfterValidator(expanduser)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_as_list)]
 
 
 def _kind(default: str) -> Discriminator:
     """Choose the member of a tagged union by `kind`, which may be left out for the usual one."""
 
     def tag(value: Any) -> Any:
-        return value.get("kind", default) if isinstance(value, dict) else value.kind
+        if isinstance(value, dict):
+            kind = value.get("kind", default)
+            return kind if isinstance(kind, str) else repr(kind)
+        return getattr(value, "kind", None)
 
     return Discriminator(tag)
 
 
 class WhisperEncoder(Section):
-    kind: Literal["whisper"] = "whisper"
-    id: str = Field(
+    kind: Literal["whisper"] = Field("whisper", description="Frozen encoder half of a Whisper.")
+    id: Path = Field(
         description="Hub id, local directory, or `random:whisper` (tiny random weights)."
     )
     revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
@@ -46,7 +61,9 @@ class WhisperEncoder(Section):
 
 
 class FilterbankEncoder(Section):
-    kind: Literal["fbank"] = "fbank"
+    kind: Literal["fbank"] = Field(
+        "fbank", description="Trainable front-end over log-mel frames, in place of Whisper."
+    )
     mels: int = Field(80, ge=8, le=256, description="Mel filters.")
     hidden_size: int = Field(768, ge=8, description="Width of the frames given to the connector.")
 
@@ -58,7 +75,7 @@ Encoder = Annotated[
 
 
 class LLM(Section):
-    id: str = Field(
+    id: Path = Field(
         description="Hub id, local directory, or `random:llama`, `random:olmo2`, `random:qwen2`."
     )
     revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
@@ -70,16 +87,18 @@ class LLM(Section):
 
 
 class TransformerConnector(Section):
-    kind: Literal["transformer"] = "transformer"
+    kind: Literal["transformer"] = Field(
+        "transformer", description="Stacked frames through a small transformer encoder."
+    )
     downsampling_factor: int = Field(6, ge=1, le=64, description="Frames stacked into one token.")
-    hidden_size: int = Field(1024, ge=1)
-    num_layers: int = Field(2, ge=1)
-    num_heads: int = Field(16, ge=1)
-    intermediate_size: int = Field(4096, ge=1)
+    hidden_size: int = Field(1024, ge=1, description="Width of the layers.")
+    num_layers: int = Field(2, ge=1, description="Transformer layers.")
+    num_heads: int = Field(16, ge=1, description="Attention heads; they divide hidden_size.")
+    intermediate_size: int = Field(4096, ge=1, description="Width of the feed-forward blocks.")
     norm_first: bool = Field(True, description="Pre-norm (true) or post-norm (false).")
     add_final_norm: bool = Field(False, description="LayerNorm after the last layer.")
     use_positional_embeddings: bool = Field(False, description="Sinusoidal positions.")
-    dropout: float = Field(0.1, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout while training.")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TransformerConnector:
@@ -92,23 +111,27 @@ class TransformerConnector(Section):
 
 
 class MLPConnector(Section):
-    kind: Literal["mlp"] = "mlp"
+    kind: Literal["mlp"] = Field(
+        "mlp", description="Stacked frames through LayerNorm, Linear, GELU, Linear."
+    )
     downsampling_factor: int = Field(5, ge=1, le=64, description="Frames stacked into one token.")
-    hidden_size: int = Field(1536, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    hidden_size: int = Field(1536, ge=1, description="Width between the two linear layers.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while training.")
 
 
 class LinearConnector(Section):
-    kind: Literal["linear"] = "linear"
+    kind: Literal["linear"] = Field("linear", description="Stacked frames through one Linear.")
     downsampling_factor: int = Field(5, ge=1, le=64, description="Frames stacked into one token.")
 
 
 class Conv1dConnector(Section):
-    kind: Literal["conv1d"] = "conv1d"
+    kind: Literal["conv1d"] = Field(
+        "conv1d", description="One strided convolution over the frames, then a projection."
+    )
     downsampling_factor: int = Field(5, ge=1, le=64, description="Stride of the convolution.")
     kernel_size: int = Field(7, ge=1, description="Frames seen by one token.")
-    hidden_size: int = Field(1024, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    hidden_size: int = Field(1024, ge=1, description="Channels of the convolution.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout while training.")
 
 
 Connector = Annotated[
@@ -145,10 +168,12 @@ class Prompt(Section):
 
 
 class Model(Section):
-    encoder: Encoder
-    llm: LLM
-    connector: Connector = TransformerConnector()
-    prompt: Prompt = Prompt()
+    encoder: Encoder = Field(description="Speech to frames, 50 a second.")
+    llm: LLM = Field(description="Frozen instruction-tuned causal LLM.")
+    connector: Connector = Field(
+        TransformerConnector(), description="Frames to audio tokens; what trains."
+    )
+    prompt: Prompt = Field(Prompt(), description="What the LLM reads around the audio.")
     frozen_dtype: Literal["auto", "fp32"] = Field(
         "auto", description="Storage of frozen weights. `auto`: bf16 where precision is bf16."
     )
@@ -174,28 +199,42 @@ class Data(Section):
     num_workers: int = Field(2, ge=0, description="Loader processes of each rank; 0: none.")
     prefetch: int = Field(4, ge=1, description="Microbatches each worker keeps ready.")
     max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="More unreadable utterances than this stop the run."
+        0.01, ge=0, le=1, description="A larger part of unreadable utterances stops the run."
     )
+
+    @model_validator(mode="after")
+    def _some_length_fits(self) -> Data:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"min_seconds {self.min_seconds} is above max_seconds {self.max_seconds}; "
+                "no utterance would be left"
+            )
+        return self
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optim(Section):
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(5e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(5e-4, ge=0, description="Decoupled weight decay of AdamW.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Decay rates of Adam's moments.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping by global norm.")
-    schedule: Literal["constant", "cosine", "linear"] = "linear"
-    warmup_steps: int = Field(500, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "linear", description="Course of the learning rate after the warm-up."
+    )
+    warmup_steps: int = Field(500, ge=0, description="Steps in which the rate rises to its peak.")
     min_lr_fraction: float = Field(0.0, ge=0, le=1, description="Final lr as a part of the peak.")
 
 
 class Train(Section):
     steps: int = Field(15_000, ge=1, description="Optimizer steps of the whole run.")
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int = Field(500, ge=1)
+    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(1, ge=1, description="Newest checkpoints kept for resuming.")
     keep_best: int = Field(1, ge=0, description="Best checkpoints kept besides.")
-    init_from: str | None = Field(
+    init_from: Path | None = Field(
         None, description="Run or checkpoint directory whose trained weights start this run."
     )
 
@@ -217,30 +256,34 @@ class Evaluation(Section):
 
 
 class Generation(Section):
-    max_new_tokens: int = Field(200, ge=1)
+    max_new_tokens: int = Field(200, ge=1, description="Longest output, in tokens.")
     num_beams: int = Field(1, ge=1, description="1: greedy.")
     microbatch_tokens: int = Field(4096, ge=1, description="Budget of a decoded batch.")
-    normalizer: Literal["whisper_en", "basic", "none"] = "whisper_en"
+    normalizer: Literal["whisper_en", "basic", "none"] = Field(
+        "whisper_en", description="Applied to both texts before they are scored."
+    )
 
 
 class DDPStrategy(Section):
-    kind: Literal["ddp"] = "ddp"
+    kind: Literal["ddp"] = Field("ddp", description="Replicated data parallel; one process too.")
 
 
 class Config(Section):
-    run_dir: str | None = Field(None, description="Where everything of the run is written.")
-    seed: int = Field(1, ge=0)
+    run_dir: Path | None = Field(None, description="Where everything of the run is written.")
+    seed: int = Field(1, ge=0, description="Decides data order, weights and dropout.")
     precision: Literal["fp32", "bf16"] = Field(
         "bf16", description="Compute. What trains keeps fp32 master weights in either."
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    model: Model
-    data: Data = Data()
-    optim: Optim = Optim()
-    train: Train = Train()
-    evaluation: Evaluation = Evaluation()
-    generation: Generation = Generation()
-    strategy: DDPStrategy = DDPStrategy()
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="`auto`: the GPU of the local rank where there is one."
+    )
+    model: Model = Field(description="Encoder, connector, LLM, prompt.")
+    data: Data = Field(Data(), description="Shards, budgets, loading.")
+    optim: Optim = Field(Optim(), description="AdamW and its schedule.")
+    train: Train = Field(Train(), description="Length of the run, checkpoints.")
+    evaluation: Evaluation = Field(Evaluation(), description="Evaluation during training.")
+    generation: Generation = Field(Generation(), description="Decoding.")
+    strategy: DDPStrategy = Field(DDPStrategy(), description="How ranks work together.")
 
     @model_validator(mode="after")
     def _best_needs_evaluation(self) -> Config:
