@@ -1,0 +1,118 @@
+"""Where bytes lie: local paths by the operating system, everything else through fsspec."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from speechllm.types import DataError
+
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+def local_path(url: str) -> str | None:
+    """The path of a local file (`file://` taken off), None for anything remote."""
+    if url.startswith("file://"):
+        return url.removeprefix("file://")
+    return None if "://" in url or "::" in url else url
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a url and the path in it.
+
+    Raises DataError for an unknown protocol or one whose package is not installed.
+    """
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: cannot be reached ({error})") from error
+
+
+def open_binary(url: str) -> Any:
+    """A seekable file for reading bytes; `.gz` and the like are taken as they are."""
+    path = local_path(url)
+    return open(path, "rb") if path is not None else fsspec.open(url, "rb").open()
+
+
+def read_bytes(url: str) -> bytes:
+    with open_binary(url) as file:
+        return file.read()
+
+
+def file_size(url: str) -> int | None:
+    """Bytes, or None where a server does not tell. Raises OSError when the file is not there."""
+    path = local_path(url)
+    if path is not None:
+        return os.stat(path).st_size
+    fs, inner = filesystem(url)
+    size = fs.info(inner).get("size")
+    return None if size is None else int(size)
+
+
+def write_atomically(url: str, data: bytes) -> None:
+    """Write a whole file such that a reader sees the old one or the new one, never a part.
+
+    Local files are written aside, synced and renamed; object stores put whole objects anyway.
+    Raises DataError where the place cannot be written.
+    """
+    path = local_path(url)
+    try:
+        if path is None:
+            fs, inner = filesystem(url)
+            fs.pipe_file(inner, data)
+            return
+        aside = f"{path}.tmp-{os.getpid()}"
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, NotImplementedError) as error:
+        raise DataError(f"{url}: cannot be written ({error or type(error).__name__})") from error
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`x-{000..002}.tar` -> x-000.tar, x-001.tar, x-002.tar, as the WebDataset tools read it."""
+    pieces = _BRACES.split(pattern)
+    choices: list[list[str]] = []
+    for i in range(0, len(pieces), 3):
+        choices.append([pieces[i]])
+        if i + 2 < len(pieces):
+            first, last = pieces[i + 1], pieces[i + 2]
+            numbers = range(int(first), int(last) + 1)
+            choices.append([str(number).zfill(len(first)) for number in numbers])
+    return ["".join(choice) for choice in itertools.product(*choices)]
+
+
+def list_tars(pattern: str) -> list[str]:
+    """The tars that a directory, a glob, a `{000..123}` range or a single name stands for.
+
+    Local results are absolute paths. A plain name is returned whether or not it is there.
+    """
+    found: list[str] = []
+    for one in expand_braces(pattern):
+        path = local_path(one)
+        if path is not None:
+            path = os.path.abspath(os.path.expanduser(path))
+            if os.path.isdir(path):
+                found += glob.glob(os.path.join(glob.escape(path), "*.tar"))
+            elif os.path.exists(path) or not glob.has_magic(path):
+                found.append(path)
+            else:
+                found += glob.glob(path, recursive=True)
+            continue
+        fs, inner = filesystem(one)
+        if glob.has_magic(inner):
+            found += [fs.unstrip_protocol(name) for name in fs.glob(inner)]
+        elif inner.endswith(".tar") or not fs.isdir(inner):
+            found.append(one)
+        else:
+            names = fs.glob(inner.rstrip("/") + "/*.tar")
+            found += [fs.unstrip_protocol(name) for name in names]
+    return found

@@ -1,0 +1,284 @@
+"""The index beside each shard, and the corpus that many of them make.
+
+`x.tar` has `x.index.arrow`: an Arrow IPC file with one row per utterance (see SCHEMA), whose schema
+metadata hold the format's version, the tar's size, and a hash of some of its header blocks, so
+that an index that no longer fits its tar is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import pyarrow as pa
+
+from speechllm.data.files import (
+    file_size,
+    list_tars,
+    local_path,
+    open_binary,
+    read_bytes,
+    write_atomically,
+)
+from speechllm.data.members import Row
+from speechllm.types import DataError
+
+VERSION = "1"
+SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("audio_offset", pa.int64()),
+        ("audio_size", pa.int64()),
+        ("audio_ext", pa.string()),
+        ("meta_offset", pa.int64()),
+        ("meta_size", pa.int64()),
+        ("meta_ext", pa.string()),
+        ("duration", pa.float64()),  # seconds
+        ("sample_rate", pa.int32()),  # Hz, of the member as it is stored
+        ("text_length", pa.int32()),  # characters
+    ]
+)
+# 8 utterances, 16 header blocks: 64 would cost a corpus of 1,000 shards on a network file system
+# a minute at every start, and a changed tar nearly always shows in its size already.
+_HASHED_ROWS = 8
+_HEADER = 512
+_OPENING_THREADS = 16
+
+
+class Location(NamedTuple):
+    """Where an utterance lies: tar, key, and byte ranges within the tar."""
+
+    shard: str
+    key: str
+    audio_offset: int
+    audio_size: int
+    audio_ext: str
+    meta_offset: int
+    meta_size: int
+    meta_ext: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One opened index. rows: an Arrow record batch of SCHEMA."""
+
+    tar: str
+    rows: Any
+    tar_size: int
+    header_hash: str
+
+
+def index_path(tar: str) -> str:
+    """`x.tar` -> `x.index.arrow`. Raises DataError for names that are not `*.tar`."""
+    if not tar.endswith(".tar"):
+        raise DataError(
+            f"{tar}: shards are plain `.tar` files, because samples are read at random from them; "
+            "unpack a compressed one first (e.g. gunzip x.tar.gz) or rename it to .tar"
+        )
+    return tar.removesuffix(".tar") + ".index.arrow"
+
+
+def write_index(
+    path: str, rows: Sequence[Row], tar_size: int, read_at: Callable[[int, int], bytes]
+) -> None:
+    """Write an index whole or not at all. read_at(offset, size) reads from the tar."""
+    columns = [
+        [row.key for row in rows],
+        [row.audio.offset for row in rows],
+        [row.audio.size for row in rows],
+        [row.audio_ext for row in rows],
+        [row.metadata.offset for row in rows],
+        [row.metadata.size for row in rows],
+        [row.metadata_ext for row in rows],
+        [row.audio.duration for row in rows],
+        [row.audio.sample_rate for row in rows],
+        [row.metadata.text_length for row in rows],
+    ]
+    arrays = [pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
+    batch = pa.record_batch(arrays, schema=SCHEMA)
+    metadata = {
+        "version": VERSION,
+        "tar_size": str(tar_size),
+        "header_hash": _header_hash(batch, read_at),
+    }
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, SCHEMA.with_metadata(metadata)) as writer:
+        writer.write_batch(batch)
+    write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def open_index(tar: str) -> ShardIndex:
+    """The index of one shard, memory-mapped where it is local, checked against its tar.
+
+    Raises DataError where tar or index is missing, or they do not fit each other.
+    """
+    path = index_path(tar)
+    remedy = f"build it with: python tools/index_shards.py {tar}"
+    try:
+        size = file_size(tar)
+    except OSError as error:
+        raise DataError(f"{tar}: no such shard ({error})") from error
+    try:
+        local = local_path(path)
+        if local is None:
+            source = pa.BufferReader(read_bytes(path))
+        else:
+            source = pa.memory_map(local)
+        with source, pa.ipc.open_file(source) as reader:
+            schema = reader.schema
+            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        # The mapping outlives the file, so that a corpus of any size holds no file descriptors.
+    except FileNotFoundError as error:
+        raise DataError(f"{tar}: has no index {path}; {remedy}") from error
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path}: not a readable index ({error}); {remedy}") from error
+    metadata = {k.decode(): v.decode() for k, v in (schema.metadata or {}).items()}
+    if metadata.get("version") != VERSION or not schema.equals(SCHEMA) or len(batches) != 1:
+        raise DataError(f"{path}: not an index of version {VERSION}; {remedy}")
+    index = ShardIndex(tar, batches[0], int(metadata["tar_size"]), metadata["header_hash"])
+    _check_fresh(index, size, remedy)
+    return index
+
+
+def _check_fresh(index: ShardIndex, size: int | None, remedy: str) -> None:
+    tar = index.tar
+    if size is not None and size < index.tar_size:
+        raise DataError(
+            f"{tar}: {size} bytes where its index says {index.tar_size}: the tar is truncated or "
+            f"still being copied; copy it again, or, if it was made anew, {remedy}"
+        )
+    stale = size is not None and size != index.tar_size
+    if not stale and local_path(tar) is not None:
+        with open_binary(tar) as file:
+
+            def read_at(offset: int, length: int) -> bytes:
+                file.seek(offset)
+                return file.read(length)
+
+            stale = _header_hash(index.rows, read_at) != index.header_hash
+    if stale:
+        raise DataError(f"{tar}: its index is stale, the tar has changed since; {remedy}")
+
+
+def _header_hash(rows: Any, read_at: Callable[[int, int], bytes]) -> str:
+    """Over the header blocks right before the data of a few evenly spaced utterances."""
+    digest = hashlib.sha256()
+    chosen = np.unique(np.linspace(0, rows.num_rows - 1, min(rows.num_rows, _HASHED_ROWS)).round())
+    for row in chosen.astype(int).tolist():
+        for column in ("audio_offset", "meta_offset"):
+            offset = rows.column(column)[row].as_py()
+            digest.update(read_at(offset - _HEADER, _HEADER))
+    return digest.hexdigest()
+
+
+class Corpus:
+    """The indexes of many shards as one sequence of U utterances, numbered in the shards' order.
+
+    shards: tar paths or urls, sorted. shard_sizes: int64 [number of shards], utterances in each.
+    durations: float64 [U], seconds. text_lengths: int64 [U], characters. Holds no Python object
+    per utterance, and pickles to a few bytes per shard: the indexes are opened again.
+    """
+
+    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
+        self.shards = [index.tar for index in indexes]
+        self._indexes = list(indexes)
+        sizes = [index.rows.num_rows for index in indexes]
+        self.shard_sizes = np.array(sizes, dtype=np.int64)
+        self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
+        self.durations = self._column("duration", np.float64)
+        self.text_lengths = self._column("text_length", np.int64)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.shards,)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def key(self, i: int) -> str:
+        """The key of utterance i. Keys are unique within a shard."""
+        rows, row = self._row(i)
+        return rows.column("key")[row].as_py()
+
+    def location(self, i: int) -> Location:
+        rows, row = self._row(i)
+        fields = (rows.column(name)[row].as_py() for name in Location._fields[1:])
+        return Location(self.shards[self.shard_of(i)], *fields)
+
+    def shard_of(self, i: int) -> int:
+        """The number of the shard that holds utterance i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"utterance {i} of {len(self)}")
+        return int(np.searchsorted(self._starts, i, side="right")) - 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what the order and the content of the data follow from.
+
+        Shard names (without directories), tar sizes and header hashes, and every utterance's
+        place, duration and text length: a corpus that was merely moved keeps it.
+        """
+        digest = hashlib.sha256()
+        for index in self._indexes:
+            name = index.tar.rsplit("/", 1)[-1]
+            digest.update(f"{name}\0{index.tar_size}\0{index.header_hash}\0".encode())
+            for column in ("audio_offset", "duration", "text_length"):
+                digest.update(index.rows.column(column).to_numpy().tobytes())
+        return digest.hexdigest()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """One index column over all utterances, e.g. `sample_rate` or `audio_ext`."""
+        kind = SCHEMA.field(name).type
+        return pa.chunked_array([index.rows.column(name) for index in self._indexes], kind)
+
+    def _column(self, name: str, dtype: Any) -> np.ndarray:
+        return self.column(name).to_numpy().astype(dtype)
+
+    def _row(self, i: int) -> tuple[Any, int]:
+        shard = self.shard_of(i)
+        return self._indexes[shard].rows, i - int(self._starts[shard])
+
+
+def open_corpus(patterns: Sequence[str]) -> Corpus:
+    """All shards that the patterns name: directories, globs, `{000..123}` ranges, tar files, urls.
+
+    The shards are sorted by path, whatever the order of the patterns. Raises DataError when a
+    pattern names no shard, or a shard has no index or one that does not fit it.
+    """
+    tars: set[str] = set()
+    for pattern in patterns:
+        found = list_tars(pattern)
+        if not found:
+            raise DataError(
+                f"{pattern}: no *.tar shards there; give a directory that holds them, a glob such "
+                "as DIR/**/*.tar, or make them with: python tools/make_shards.py MANIFEST --out DIR"
+            )
+        tars.update(found)
+    if not tars:
+        raise DataError("no shards given: name a directory, a glob or a tar file")
+    return Corpus(_open_all(sorted(tars)))
+
+
+def _reopen(tars: Sequence[str]) -> Corpus:
+    return Corpus(_open_all(tars))
+
+
+def _open_all(tars: Sequence[str]) -> list[ShardIndex]:
+    def attempt(tar: str) -> ShardIndex | DataError:
+        try:
+            return open_index(tar)
+        except DataError as error:
+            return error
+
+    with ThreadPoolExecutor(min(_OPENING_THREADS, len(tars) or 1)) as pool:
+        opened = list(pool.map(attempt, tars))
+    errors = [result for result in opened if isinstance(result, DataError)]
+    if errors:
+        more = f" (and {len(errors) - 1} more shards like that)" if len(errors) > 1 else ""
+        raise DataError(f"{errors[0]}{more}") from errors[0]
+    return [result for result in opened if isinstance(result, ShardIndex)]
