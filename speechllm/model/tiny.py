@@ -115,7 +115,7 @@ def build_tiny_llm(
 
     def write(aside: Path) -> None:
         tokenizer = _byte_tokenizer(pad_is_eos)
-        common = {
+        common: dict[str, Any] = {
             "vocab_size": len(tokenizer),
             "hidden_size": hidden,
             "intermediate_size": 2 * hidden,
@@ -134,7 +134,7 @@ def build_tiny_llm(
     return _build(Path(directory), write, {**arguments, "pad_is_eos": pad_is_eos})
 
 
-def _llm(kind: str, common: dict[str, int]) -> PreTrainedModel:
+def _llm(kind: str, common: dict[str, Any]) -> PreTrainedModel:
     match kind:
         case "llama":
             return LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
