@@ -1,4 +1,4 @@
-"""Logging: one logger for the package; rank 0 speaks, other ranks only warn, all of it to a file."""
+"""Logging: one logger for the package. Rank 0 speaks, other ranks only warn; a file gets both."""
 
 from __future__ import annotations
 

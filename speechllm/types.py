@@ -15,10 +15,20 @@ from torch import Tensor
 
 from speechllm.errors import (
     AudioError as AudioError,
+)
+from speechllm.errors import (
     CheckpointError as CheckpointError,
+)
+from speechllm.errors import (
     ConfigError as ConfigError,
+)
+from speechllm.errors import (
     DataError as DataError,
+)
+from speechllm.errors import (
     ModelError as ModelError,
+)
+from speechllm.errors import (
     UserError as UserError,
 )
 
@@ -109,6 +119,19 @@ class BadUtterance:
     reason: str
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What decoding needs to know of a row.
+
+    number: its place in the corpus. id: as its metadata gives it, else its key. duration: seconds.
+    """
+
+    number: int
+    id: str
+    text: str
+    duration: float
+
+
 @dataclass
 class Microbatch:
     """One microbatch of a step, as a rank receives it.
@@ -123,6 +146,7 @@ class Microbatch:
     batch: Batch
     utterances: int
     audio_seconds: float
+    references: tuple[Reference, ...] = ()  # one a row of the batch, where there is no silence
     bad: tuple[BadUtterance, ...] = ()
 
 

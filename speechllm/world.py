@@ -1,7 +1,7 @@
-"""Who we are among the processes of a run, and the two collectives that the rest of the code needs.
+"""Who we are among the processes of a run, and the few collectives that the other code needs.
 
-The environment of the launcher (torchrun, the deepspeed launcher, the cluster scripts) is read once,
-here. Objects travel as JSON: nothing that another process sent is ever unpickled.
+The environment of the launcher (torchrun, the deepspeed launcher, cluster scripts) is read here.
+Objects travel as JSON: nothing that another process sent is ever unpickled.
 """
 
 from __future__ import annotations

@@ -1,0 +1,35 @@
+# `make demo` and `make test` need python3.11, pip and make; each installs the rest into .venv.
+PYTHON ?= python3.11
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PACKAGE_SOURCES := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test lint format docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/demo.py --out exp/demo --data exp/demo_data
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed
+	$(BIN)/python tools/config_reference.py --write
+
+# torch first and by its exact version: a looser request could bring gigabytes of CUDA packages.
+$(VENV)/.installed: $(PACKAGE_SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e ".[demo,test,lint]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,116 @@
+"""What a configuration lacks, and what it would do, without training."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from speechllm.checkpoint import complete_checkpoints, read_checkpoint
+from speechllm.config.schema import Config
+from speechllm.errors import UserError
+from speechllm.model.build import missing
+from speechllm.model.size import count_parameters
+from speechllm.prepare import epoch_plans, open_split, prepare_text
+
+GIB = 2**30
+
+
+@dataclass
+class Findings:
+    """`ready` is False as soon as one line says that something is missing."""
+
+    lines: list[str] = field(default_factory=list)
+    ready: bool = True
+
+    def good(self, text: str) -> None:
+        self.lines.append(f"  ok       {text}")
+
+    def bad(self, text: str) -> None:
+        self.lines.append(f"  MISSING  {text}")
+        self.ready = False
+
+
+def check(config: Config) -> Findings:
+    """Looks at weights, shards, memory and the run directory; downloads and trains nothing."""
+    findings = Findings()
+    absent = missing(config.model)
+    for name in absent:
+        findings.bad(name)
+    if not absent:
+        findings.good("weights of encoder and LLM, tokenizer")
+        _check_memory(config, findings)
+        _check_data(config, findings)
+    else:
+        findings.lines.append("  -        shards: not looked at, their cost needs the tokenizer")
+    _check_run_dir(config, findings)
+    findings.lines.append("ready to train" if findings.ready else "not ready to train")
+    return findings
+
+
+def _check_data(config: Config, findings: Findings) -> None:
+    budget = config.data.microbatch_tokens
+    wanted = {"data.train": config.data.train}
+    if config.evaluation.every:
+        wanted["data.validation"] = config.data.validation
+    try:
+        text = prepare_text(config)
+    except UserError as error:
+        findings.bad(f"prompt: {error}")
+        return
+    for key, patterns in wanted.items():
+        try:
+            split = open_split(config, patterns, text, key=key, budget=budget)
+        except UserError as error:
+            findings.bad(f"{key}: {error}")
+            continue
+        kept = split.selection.kept
+        hours = split.corpus.durations[kept].sum() / 3600
+        findings.good(
+            f"{key}: {len(split.corpus.shards)} shards, {len(kept)} utterances, {hours:.2f} h"
+        )
+        for reason, numbers in split.selection.dropped.items():
+            if len(numbers):
+                findings.lines.append(f"           {len(numbers)} dropped: {reason}")
+        if key == "data.train":
+            plan = epoch_plans(config, split)(0)
+            findings.good(
+                f"an epoch is {plan.num_steps} steps of "
+                f"{config.data.microbatches_per_step} microbatches, padding "
+                f"{100 * plan.padding_fraction:.1f} %; {config.train.steps} steps are "
+                f"{config.train.steps / plan.num_steps:.1f} epochs"
+            )
+
+
+def _check_memory(config: Config, findings: Findings) -> None:
+    """A lower bound: weights, gradients and Adam's moments; activations come on top."""
+    frozen, trained = count_parameters(config.model)
+    narrow = config.precision == "bf16" and config.model.frozen_dtype == "auto"
+    need = (frozen * (2 if narrow else 4) + trained * 16) / GIB
+    if config.device != "cpu" and torch.cuda.is_available():
+        have, where = torch.cuda.mem_get_info()[0] / GIB, "free on the GPU"
+    else:
+        have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+        where = "free on this machine"
+    text = (
+        f"memory: {frozen / 1e6:.1f} M frozen and {trained / 1e6:.1f} M trained parameters take "
+        f"{need:.2f} GiB a rank before activations, {have:.1f} GiB {where}"
+    )
+    if need < have:
+        findings.good(text)
+    else:
+        findings.bad(text)
+
+
+def _check_run_dir(config: Config, findings: Findings) -> None:
+    if config.run_dir is None:
+        findings.bad("run_dir is not set; say where to write the run: run_dir=exp/NAME")
+        return
+    complete = complete_checkpoints(Path(config.run_dir))
+    if complete:
+        progress = read_checkpoint(complete[-1]).progress
+        findings.good(f"run_dir {config.run_dir}: would resume after step {progress.step}")
+    else:
+        findings.good(f"run_dir {config.run_dir}: would start anew")

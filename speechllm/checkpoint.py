@@ -1,0 +1,227 @@
+"""Checkpoints that know neither strategy nor world size, written so that a kill leaves no half one.
+
+RUN/checkpoints/step_00001000/
+    trainable.safetensors   fp32 weights by parameter name
+    optimizer.safetensors   fp32 Adam moments: exp_avg.NAME, exp_avg_sq.NAME
+    state.json              where the run stands, and the identity of all that it was trained with
+    config.yaml             the resolved configuration
+    COMPLETE                written last
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from speechllm.errors import CheckpointError
+from speechllm.strategy.base import TrainableState
+
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands. (epoch, epoch_step) is the whole state of the data."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0
+    epoch_step: int = 0  # the next step within the epoch
+    bad_in_epoch: int = 0
+    best: list[dict[str, float]] = field(default_factory=list)  # {"step", "score"}, best first
+    evaluations_without_best: int = 0
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    progress: Progress
+    optimizer_step: int  # less than progress.step where gradients were not finite
+    identity: dict[str, Any]
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def complete_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(marker.parent for marker in run_dir.glob("checkpoints/step_*/COMPLETE"))
+
+
+def find_checkpoint(where: Path, *, prefer: str = "best") -> Path:
+    """The checkpoint meant by a path: itself, or a run's best or newest one.
+
+    Raises CheckpointError when there is none.
+    """
+    if (where / "COMPLETE").is_file():
+        return where
+    complete = complete_checkpoints(where)
+    if not complete:
+        raise CheckpointError(
+            f"{where}: no complete checkpoint there; give a run directory that has "
+            "checkpoints/step_*/COMPLETE, or one such checkpoint directory"
+        )
+    best = where / "best"
+    if prefer == "best" and (best / "COMPLETE").is_file():
+        return best.resolve()
+    return complete[-1]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The small part: progress and identity. Raises CheckpointError when it is not ours."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}"
+            )
+        return Checkpoint(
+            path, Progress(**state["progress"]), state["optimizer_step"], state["identity"]
+        )
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}/state.json: not readable as a checkpoint ({error}); remove that directory to "
+            "go on from the checkpoint before it"
+        ) from error
+
+
+def read_trainable(path: Path, *, weights_only: bool = False) -> TrainableState:
+    """Weights, and unless `weights_only` the Adam moments. Raises CheckpointError."""
+    try:
+        weights = load_file(path / "trainable.safetensors")
+        moments = {} if weights_only else load_file(path / "optimizer.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: damaged checkpoint ({error}); remove that directory to go on from the "
+            "checkpoint before it"
+        ) from error
+    return TrainableState(
+        weights=weights,
+        exp_avg={n.removeprefix("exp_avg."): t for n, t in moments.items() if _is(n, "exp_avg")},
+        exp_avg_sq={
+            n.removeprefix("exp_avg_sq."): t for n, t in moments.items() if _is(n, "exp_avg_sq")
+        },
+        step=0 if weights_only else read_checkpoint(path).optimizer_step,
+    )
+
+
+def _is(name: str, kind: str) -> bool:
+    return name.startswith(kind + ".")
+
+
+def refuse_other_identity(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError that spells out every difference. Paths and names may differ; what
+    counts is content, so only the `hash` of a part with one is compared."""
+    lines = []
+    for part in sorted(found.keys() | wanted.keys()):
+        before, now = found.get(part), wanted.get(part)
+        if _essence(before) != _essence(now):
+            lines.append(f"  {part}: checkpoint {json.dumps(before)}, this run {json.dumps(now)}")
+    if lines:
+        raise CheckpointError(
+            f"{path}: made by another run than this configuration describes; undo the change, or "
+            "use another run_dir (with train.init_from to start from these weights):\n"
+            + "\n".join(lines)
+        )
+
+
+def _essence(part: Any) -> Any:
+    return part["hash"] if isinstance(part, dict) and "hash" in part else part
+
+
+class CheckpointWriter:
+    """Writes in the background, one at a time. Only rank 0 has one."""
+
+    def __init__(self, run_dir: Path, *, keep_last: int, keep_best: int) -> None:
+        self.run_dir = run_dir
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        for leftover in run_dir.glob("checkpoints/.step_*"):
+            shutil.rmtree(leftover)
+
+    def save(
+        self, state: TrainableState, progress: Progress, identity: dict[str, Any], config: str
+    ) -> None:
+        """Start to write; waits for the write before it. `state` must not change any more."""
+        self.wait()
+        about = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "optimizer_step": state.step,
+            "identity": identity,
+        }
+        best = [int(entry["step"]) for entry in progress.best[: self.keep_best]]
+        self._pending = self._thread.submit(
+            self._write, state, json.dumps(about, indent=1), config, progress.step, best
+        )
+
+    def wait(self) -> None:
+        """Until what was started is on disk; raises what went wrong with it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def close(self) -> None:
+        self.wait()
+        self._thread.shutdown()
+
+    def _write(
+        self, state: TrainableState, about: str, config: str, step: int, best: list[int]
+    ) -> None:
+        final = checkpoint_path(self.run_dir, step)
+        if not (final / "COMPLETE").is_file():
+            aside = final.with_name(f".{final.name}.{os.getpid()}")
+            aside.mkdir(parents=True)
+            save_file(state.weights, aside / "trainable.safetensors")
+            moments = {f"exp_avg.{name}": tensor for name, tensor in state.exp_avg.items()}
+            moments |= {f"exp_avg_sq.{name}": tensor for name, tensor in state.exp_avg_sq.items()}
+            save_file(moments, aside / "optimizer.safetensors")
+            (aside / "state.json").write_text(about, encoding="utf-8")
+            (aside / "config.yaml").write_text(config, encoding="utf-8")
+            (aside / "COMPLETE").touch()
+            for file in aside.iterdir():
+                _fsync(file)
+            _fsync(aside)
+            if final.exists():  # an incomplete one of the same name
+                shutil.rmtree(final)
+            aside.rename(final)
+            _fsync(final.parent)
+        self._point_to_best(best)
+        self._forget(best)
+
+    def _point_to_best(self, best: list[int]) -> None:
+        if best and checkpoint_path(self.run_dir, best[0]).is_dir():
+            aside = self.run_dir / ".best"
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(Path("checkpoints") / checkpoint_path(self.run_dir, best[0]).name)
+            aside.rename(self.run_dir / "best")
+
+    def _forget(self, best: list[int]) -> None:
+        complete = complete_checkpoints(self.run_dir)
+        kept = set(complete[-self.keep_last :])
+        kept |= {checkpoint_path(self.run_dir, step) for step in best}
+        for path in complete:
+            if path not in kept:
+                # Renamed first: a kill in the middle must not leave half of a complete one.
+                aside = path.with_name(f".{path.name}.old")
+                path.rename(aside)
+                shutil.rmtree(aside)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

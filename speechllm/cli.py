@@ -1,0 +1,183 @@
+"""The command line. Torch is imported only once the configuration has been found right."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from speechllm import __version__
+from speechllm.config.load import load_config
+from speechllm.config.schema import Config
+from speechllm.errors import UserError
+
+WRONG_INPUT = 2
+
+EXAMPLES = """\
+examples:
+  speechllm check configs/demo.yaml data.train=data/train
+  speechllm train configs/demo.yaml run_dir=exp/first data.train=data/train optim.lr=5e-4
+  torchrun --nproc-per-node 2 -m speechllm train configs/demo.yaml run_dir=exp/first
+  speechllm generate exp/first --split test=data/test
+  speechllm wer exp/first/predictions/test.jsonl exp/second/test_predictions.json
+  speechllm transcribe exp/first a.wav b.flac
+  speechllm report exp/first exp/second
+
+exit codes: 0 done; 2 wrong input (the message says what and how to mend it); 99 stopped by a signal
+with a checkpoint written, run the same command again; 1 anything else.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    # Forked loader processes share one tokenizer; its own thread pool would deadlock in them.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code: int = options.command(options)
+    except UserError as error:
+        print(f"speechllm: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except BrokenPipeError:  # `speechllm wer ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="speechllm",
+        description="Train speech LLMs: frozen Whisper encoder, trainable connector, frozen LLM.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or go on with a run that was interrupted")
+    _config_arguments(train)
+    train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    train.set_defaults(command=_train)
+
+    check = commands.add_parser(
+        "check", help="say what a configuration lacks (weights, shards, memory), without training"
+    )
+    _config_arguments(check)
+    check.set_defaults(command=_check)
+
+    generate = commands.add_parser("generate", help="decode splits with a run's best checkpoint")
+    _run_arguments(generate)
+    generate.add_argument(
+        "--split", action="append", required=True, metavar="NAME=DIR_OR_GLOB",
+        help="shards to decode, and the name of their predictions; may be given several times",
+    )  # fmt: skip
+    generate.add_argument("overrides", nargs="*", metavar="a.b=value", help="as in train")
+    generate.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    generate.set_defaults(command=_generate)
+
+    transcribe = commands.add_parser("transcribe", help="text from audio files of any length")
+    _run_arguments(transcribe)
+    transcribe.add_argument("audio", nargs="+", metavar="AUDIO")
+    transcribe.add_argument("--json", action="store_true", help="one JSON list instead of text")
+    transcribe.add_argument(
+        "--set", action="append", default=[], metavar="a.b=value", help="override a key"
+    )
+    transcribe.set_defaults(command=_transcribe)
+
+    wer = commands.add_parser("wer", help="score predictions: WER, CER, S/D/I, sentence errors")
+    wer.add_argument("predictions", nargs="+", metavar="FILE", help="JSONL, JSON, or run directory")
+    wer.add_argument(
+        "--normalizer", choices=("whisper_en", "basic", "none"), default="whisper_en",
+        help="applied to both sides first (default: %(default)s)",
+    )  # fmt: skip
+    wer.add_argument("--json", action="store_true")
+    wer.set_defaults(command=_wer)
+
+    report = commands.add_parser("report", help="where runs stand: steps, losses, best, WER")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--json", action="store_true")
+    report.set_defaults(command=_report)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=value", help="override a key of the file"
+    )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="run or checkpoint directory")
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    from speechllm.train import train
+    from speechllm.world import connected
+
+    with connected(config.device) as world:
+        return train(config, world)
+
+
+def _check(options: argparse.Namespace) -> int:
+    config: Config = load_config(options.config, options.overrides)
+    from speechllm.check import check
+
+    findings = check(config)
+    print("\n".join(findings.lines))
+    return 0 if findings.ready else WRONG_INPUT
+
+
+def _generate(options: argparse.Namespace) -> int:
+    splits = {}
+    for split in options.split:
+        name, equals, patterns = split.partition("=")
+        if not equals:
+            raise UserError(
+                f"--split {split!r}: write it as NAME=DIR_OR_GLOB, as in test=data/test"
+            )
+        splits[name] = patterns
+    from speechllm.decode import generate_run
+    from speechllm.log import set_up_logging
+    from speechllm.world import connected
+
+    with connected() as world:
+        set_up_logging(world.rank)
+        written = generate_run(options.run, splits, options.overrides, world)
+        if world.is_main:
+            for path in written.values():
+                print(path)
+    return 0
+
+
+def _transcribe(options: argparse.Namespace) -> int:
+    from speechllm.transcribe import transcribe
+    from speechllm.world import connected
+
+    with connected() as world:
+        transcripts = transcribe(options.run, options.audio, options.set, world.device)
+    if options.json:
+        print(json.dumps([asdict(t) for t in transcripts], ensure_ascii=False, indent=1))
+    else:
+        for transcript in transcripts:
+            prefix = f"{transcript.audio}\t" if len(transcripts) > 1 else ""
+            print(prefix + transcript.text)
+    return 0
+
+
+def _wer(options: argparse.Namespace) -> int:
+    from speechllm.wer import wer_command
+
+    print(wer_command(options.predictions, options.normalizer, options.json))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from speechllm.report.summary import report_command
+
+    print(report_command([Path(run) for run in options.runs], options.json))
+    return 0

@@ -1,0 +1,239 @@
+"""Decoding of whole splits: shared by all ranks, resumable, written by id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rich.console import Console
+from rich.progress import track
+
+from speechllm.checkpoint import find_checkpoint, read_trainable
+from speechllm.config.load import load_config
+from speechllm.config.schema import Config
+from speechllm.data.loader import read_batches
+from speechllm.data.plan import plan_in_order
+from speechllm.errors import UserError
+from speechllm.generate import generate
+from speechllm.log import logger
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prepare import Split, TextSide, open_split, prepare_model, prepare_text
+from speechllm.report.metrics import read_lines
+from speechllm.world import World
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """number: the utterance's place in the corpus. duration: seconds."""
+
+    number: int
+    id: str
+    ref: str
+    hyp: str
+    duration: float
+
+
+def decode(
+    model: SpeechLLM,
+    split: Split,
+    text: TextSide,
+    config: Config,
+    device: torch.device,
+    microbatches: Sequence[np.ndarray],
+) -> Iterator[list[Prediction]]:
+    """The predictions of each microbatch; one that could not be read at all gives an empty list."""
+    batches = read_batches(
+        split.store,
+        text.prompter,
+        text.audio_tokens,
+        text.pad_id,
+        microbatches,
+        with_target=False,
+        pad_left=True,
+        num_workers=config.data.num_workers,
+        prefetch=config.data.prefetch,
+    )
+    for microbatch in batches:
+        for bad in microbatch.bad:
+            logger.warning("not decoded: %s in %s: %s", bad.key, bad.shard, bad.reason)
+        rows = generate(
+            model,
+            microbatch.batch.to(device),
+            max_new_tokens=config.generation.max_new_tokens,
+            num_beams=config.generation.num_beams,
+            end_token_ids=(text.prompter.end_token_id,),
+            pad_id=text.pad_id,
+        )
+        if microbatch.weight == 0:
+            rows = []  # silence in place of what could not be read
+        hypotheses = text.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        yield [
+            Prediction(
+                about.number, about.id, about.text, hypothesis.strip(), round(about.duration, 3)
+            )
+            for about, hypothesis in zip(microbatch.references, hypotheses, strict=True)
+        ]
+
+
+def load_trained(
+    run: Path, overrides: Sequence[str], *, prefer: str, device: torch.device
+) -> tuple[Config, SpeechLLM, TextSide, Path]:
+    """A run's model with its trained weights: the best checkpoint, the newest, or the one that
+    `run` itself is. Raises CheckpointError when there is none or it does not fit."""
+    checkpoint = find_checkpoint(run, prefer=prefer)
+    config = load_config(str(checkpoint / "config.yaml"), overrides)
+    text = prepare_text(config)
+    model = prepare_model(config, device)
+    load_weights(model, checkpoint)
+    return config, model.eval(), text, checkpoint
+
+
+def load_weights(model: SpeechLLM, checkpoint: Path) -> None:
+    """Copy a checkpoint's trained weights into the model; CheckpointError where they do not fit."""
+    state = read_trainable(checkpoint, weights_only=True)
+    parameters = model.trainable_parameters()
+    state.refuse_unless_fits(parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state.weights[name])
+
+
+def generate_run(
+    run: Path,
+    splits: dict[str, str],
+    overrides: Sequence[str],
+    world: World,
+    *,
+    prefer: str = "best",
+) -> dict[str, Path]:
+    """Decode each split {name: shards} into RUN/predictions/NAME.jsonl and test_predictions.json.
+
+    A decoding that was cut short goes on where it stopped, on any number of ranks; predictions made
+    by another checkpoint or other settings are made anew. Returns the file of each split.
+    """
+    for name in splits:
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"--split {name!r}: a split's name is a plain name, as in test=DIR")
+    config, model, text, checkpoint = load_trained(
+        run, overrides, prefer=prefer, device=world.device
+    )
+    run_dir = checkpoint.parent.parent if run == checkpoint else run
+    written = {}
+    for name, patterns in splits.items():
+        split = open_split(
+            config,
+            [patterns],
+            text,
+            key=f"--split {name}",
+            budget=config.generation.microbatch_tokens,
+        )
+        maker = {
+            "checkpoint": checkpoint.name,
+            "generation": config.generation.model_dump(mode="json"),
+            "precision": config.precision,
+            "data": split.corpus.fingerprint,
+        }
+        _decode_split(run_dir / "predictions", name, maker, model, split, text, config, world)
+        written[name] = run_dir / "predictions" / f"{name}.jsonl"
+        if world.is_main:
+            _write_test_predictions(run_dir)
+        world.barrier()
+    return written
+
+
+def _decode_split(
+    directory: Path,
+    name: str,
+    maker: dict[str, Any],
+    model: SpeechLLM,
+    split: Split,
+    text: TextSide,
+    config: Config,
+    world: World,
+) -> None:
+    final = directory / f"{name}.jsonl"
+    done_file = directory / f".{name}.done.jsonl"
+    if world.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        _collect_done(directory, name, maker, final, done_file)
+    world.barrier()
+    if final.is_file():
+        logger.info("%s: already decoded, see %s", name, final)
+        return
+    done = {line["number"] for line in read_lines(done_file)}
+    if done:
+        logger.info("%s: going on after %d decoded utterances", name, len(done))
+    kept = split.selection.kept
+    left = kept[~np.isin(kept, np.fromiter(done, dtype=np.int64))]
+    cut = plan_in_order(split.costs, left, config.generation.microbatch_tokens)
+    mine = cut[world.rank :: world.size]
+    rows = track(
+        decode(model, split, text, config, world.device, mine),
+        description=f"decoding {name}",
+        total=len(mine),
+        console=Console(stderr=True),
+        disable=not world.is_main,
+    )
+    with (directory / f".{name}.part{world.rank}.jsonl").open("a", encoding="utf-8") as file:
+        for predictions in rows:
+            file.writelines(_line(asdict(prediction)) for prediction in predictions)
+            file.flush()
+    world.barrier()
+    if world.is_main:
+        _collect_done(directory, name, maker, final, done_file)
+        lines = sorted(read_lines(done_file), key=lambda line: line["number"])
+        for line in lines:
+            del line["number"]
+        _write_whole(final, "".join(map(_line, lines)))
+        done_file.unlink()
+        logger.info("%s: %d of %d utterances decoded, %s", name, len(lines), len(kept), final)
+
+
+def _collect_done(
+    directory: Path, name: str, maker: dict[str, Any], final: Path, done_file: Path
+) -> None:
+    """Merge what the ranks of an interrupted decoding left into one file, or, where another
+    checkpoint or other settings made it, remove it."""
+    about = directory / f".{name}.json"
+    parts = list(directory.glob(f".{name}.part*.jsonl"))
+    if about.is_file() and json.loads(about.read_text(encoding="utf-8")) == maker:
+        lines = {line["number"]: line for file in [done_file, *parts] for line in read_lines(file)}
+        if lines:
+            _write_whole(done_file, "".join(map(_line, lines.values())))
+    else:
+        done_file.unlink(missing_ok=True)
+        final.unlink(missing_ok=True)
+        _write_whole(about, json.dumps(maker))
+    for part in parts:
+        part.unlink()
+
+
+def _write_test_predictions(run_dir: Path) -> None:
+    """RUN/test_predictions.json: every decoded split in the columns that scoring scripts expect."""
+    splits = {}
+    for file in sorted((run_dir / "predictions").glob("[!.]*.jsonl")):
+        lines = read_lines(file)
+        splits[file.stem] = {
+            "ids": [line["id"] for line in lines],
+            "labels": [line["ref"] for line in lines],
+            "predictions": [line["hyp"] for line in lines],
+        }
+    _write_whole(
+        run_dir / "test_predictions.json", json.dumps(splits, ensure_ascii=False, indent=1)
+    )
+
+
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -1,0 +1,52 @@
+"""The learning rate as a pure function of the step, and AdamW over what trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from torch import nn
+from torch.optim import AdamW
+
+from speechllm.config.schema import Optim
+
+
+def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `total_steps`.
+
+    Linear warm-up that reaches the peak at step `warmup_steps - 1`, then constant, or cosine or
+    linear down to `min_lr_fraction` of the peak at the last step.
+    """
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    decaying = max(total_steps - 1 - optim.warmup_steps, 1)
+    done = min((step - optim.warmup_steps) / decaying, 1.0)
+    floor = optim.min_lr_fraction
+    match optim.schedule:
+        case "constant":
+            fraction = 1.0
+        case "cosine":
+            fraction = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            fraction = floor + (1 - floor) * (1 - done)
+    return optim.lr * fraction
+
+
+def build_adamw(parameters: Mapping[str, nn.Parameter], optim: Optim) -> AdamW:
+    """AdamW (Loshchilov and Hutter, 2019); biases and norm weights are not decayed.
+
+    `fused` runs on CPU and CUDA alike and updates all parameters in one pass.
+    """
+    decayed = [p for p in parameters.values() if p.ndim >= 2]
+    plain = [p for p in parameters.values() if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return AdamW(
+        [group for group in groups if group["params"]],
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        fused=True,
+    )

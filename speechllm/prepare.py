@@ -1,0 +1,145 @@
+"""From a configuration to the parts that training, evaluation and decoding share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from transformers import PreTrainedTokenizerBase
+
+from speechllm.config.schema import Config
+from speechllm.data.index import Corpus, open_corpus
+from speechllm.data.plan import (
+    EpochPlan,
+    PlanSettings,
+    Selection,
+    plan_epoch,
+    select,
+    utterance_costs,
+)
+from speechllm.data.prompt import Prompter
+from speechllm.data.store import Store
+from speechllm.errors import ConfigError, DataError
+from speechllm.log import logger
+from speechllm.model.build import AudioTokens, audio_token_counter, build_model, load_tokenizer
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.types import SAMPLE_RATE
+
+
+@dataclass(frozen=True)
+class TextSide:
+    """What turns an utterance into an example; needs no weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompter: Prompter
+    audio_tokens: AudioTokens
+    pad_id: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, and which of their utterances are used."""
+
+    corpus: Corpus
+    store: Store
+    costs: np.ndarray  # int64 [utterances], LLM positions
+    selection: Selection
+
+
+def prepare_text(config: Config) -> TextSide:
+    tokenizer = load_tokenizer(config.model.llm)
+    prompter = Prompter(tokenizer, config.model.prompt, config.seed)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else prompter.end_token_id
+    return TextSide(tokenizer, prompter, audio_token_counter(config.model), pad_id)
+
+
+def prepare_model(config: Config, device: torch.device) -> SpeechLLM:
+    return build_model(config.model, precision=config.precision, device=device, seed=config.seed)
+
+
+def open_split(
+    config: Config, patterns: Sequence[str], text: TextSide, *, key: str, budget: int
+) -> Split:
+    """Raises ConfigError where `patterns` is empty, DataError where nothing is left, naming `key`."""
+    if not patterns:
+        raise ConfigError(f"{key} is not set; give a directory or glob of shards: {key}=DIR")
+    corpus = open_corpus(patterns)
+    samples = np.ceil(corpus.durations * SAMPLE_RATE).astype(np.int64)
+    costs = utterance_costs(
+        text.audio_tokens(samples),
+        corpus.text_lengths,
+        text.prompter.max_prompt_tokens,
+        config.data.characters_per_token,
+    )
+    selection = select(
+        corpus.durations,
+        corpus.text_lengths,
+        costs,
+        min_seconds=config.data.min_seconds,
+        max_seconds=config.data.max_seconds,
+        budget=budget,
+    )
+    for reason, numbers in selection.dropped.items():
+        if len(numbers):
+            logger.warning(
+                "%s: %d of %d utterances dropped (%s), the first is %s",
+                key,
+                len(numbers),
+                len(corpus),
+                reason,
+                corpus.key(int(numbers[0])),
+            )
+    if not len(selection.kept):
+        drops = {reason: len(numbers) for reason, numbers in selection.dropped.items()}
+        raise DataError(
+            f"{key}: none of the {len(corpus)} utterances can be used (dropped: {drops}); "
+            "see data.min_seconds, data.max_seconds and data.microbatch_tokens"
+        )
+    return Split(corpus, Store(corpus), costs, selection)
+
+
+def plan_settings(config: Config) -> PlanSettings:
+    return PlanSettings(
+        seed=config.seed,
+        microbatch_tokens=config.data.microbatch_tokens,
+        microbatches_per_step=config.data.microbatches_per_step,
+        window=config.data.window,
+    )
+
+
+def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
+    """The plan of each epoch; the last two are remembered."""
+
+    @lru_cache(maxsize=2)
+    def plan_of(epoch: int) -> EpochPlan:
+        return plan_epoch(
+            split.corpus.shard_sizes,
+            split.costs,
+            split.selection.kept,
+            plan_settings(config),
+            epoch,
+        )
+
+    return plan_of
+
+
+def data_identity(config: Config, split: Split) -> dict[str, Any]:
+    """What the order of the data follows from. A run resumes only where all of it is the same."""
+    settings = plan_settings(config)
+    return {
+        "data": {
+            "train": list(config.data.train),
+            "utterances": len(split.selection.kept),
+            "hash": f"{split.corpus.fingerprint}:{len(split.selection.kept)}",
+        },
+        "seed": settings.seed,
+        "data.microbatch_tokens": settings.microbatch_tokens,
+        "data.microbatches_per_step": settings.microbatches_per_step,
+        "data.window": settings.window,
+        "data.characters_per_token": config.data.characters_per_token,
+    }

@@ -1,0 +1,1 @@
+"""What a run tells: metrics files, the progress line, and the summary of finished runs."""

@@ -1,0 +1,223 @@
+"""A training run: its parts, put together in order, at its start or where it was left."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speechllm.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    Progress,
+    complete_checkpoints,
+    find_checkpoint,
+    read_checkpoint,
+    read_trainable,
+    refuse_other_identity,
+)
+from speechllm.config.load import dump_config
+from speechllm.config.schema import Config
+from speechllm.data.loader import TrainLoader
+from speechllm.data.plan import EpochPlan
+from speechllm.errors import ConfigError
+from speechllm.log import close_logging, logger, set_up_logging
+from speechllm.model.build import identity
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prepare import (
+    Split,
+    TextSide,
+    data_identity,
+    epoch_plans,
+    open_split,
+    prepare_model,
+    prepare_text,
+)
+from speechllm.report.metrics import Metrics
+from speechllm.report.progress import ProgressLine
+from speechllm.strategy.base import Strategy, TrainableState
+from speechllm.strategy.build import build_strategy
+from speechllm.world import World
+
+
+@dataclass
+class Run:
+    """writer and metrics exist on rank 0 only."""
+
+    config: Config
+    world: World
+    directory: Path
+    text: TextSide
+    model: SpeechLLM
+    train: Split
+    validation: Split | None
+    plan_of: Callable[[int], EpochPlan]
+    loader: TrainLoader
+    strategy: Strategy
+    identity: dict[str, Any]
+    progress: Progress
+    writer: CheckpointWriter | None
+    metrics: Metrics | None
+    line: ProgressLine
+
+
+def open_run(config: Config, world: World, stack: ExitStack) -> Run:
+    """Everything up to the first step; what must be closed is left with `stack`.
+
+    Raises ConfigError, DataError, ModelError or CheckpointError.
+    """
+    directory = _run_directory(config)
+    set_up_logging(world.rank, file=directory / "train.log")
+    stack.callback(close_logging)
+    text = prepare_text(config)
+    train, validation = _open_data(config, text)
+    plan_of = epoch_plans(config, train)
+    about = identity(config.model, text.tokenizer) | data_identity(config, train)
+    checkpoint = _newest(directory, world)
+    if checkpoint is not None:
+        refuse_other_identity(checkpoint.identity, about, checkpoint.path)
+    model = prepare_model(config, world.device)
+    strategy = build_strategy(config, model, world)
+    _load(strategy, config, checkpoint, world)
+    progress = checkpoint.progress if checkpoint is not None else Progress()
+    if world.is_main:
+        _write_config(config, directory)
+    _say_what_runs(config, world, model, train, plan_of(progress.epoch), progress)
+    loader = TrainLoader(
+        train.store,
+        text.prompter,
+        text.audio_tokens,
+        text.pad_id,
+        plan_of,
+        rank=world.rank,
+        world=world.size,
+        num_workers=config.data.num_workers,
+        prefetch=config.data.prefetch,
+    )
+    writer = metrics = None
+    if world.is_main:
+        writer = CheckpointWriter(
+            directory, keep_last=config.train.keep_last, keep_best=config.train.keep_best
+        )
+        stack.callback(writer.close)
+        metrics = Metrics(directory, from_step=progress.step)
+        stack.callback(metrics.close)
+    line = ProgressLine(total=config.train.steps, done=progress.step, shown=world.is_main)
+    stack.callback(line.close)
+    return Run(
+        config=config,
+        world=world,
+        directory=directory,
+        text=text,
+        model=model.train(),
+        train=train,
+        validation=validation,
+        plan_of=plan_of,
+        loader=loader,
+        strategy=strategy,
+        identity=about,
+        progress=progress,
+        writer=writer,
+        metrics=metrics,
+        line=line,
+    )
+
+
+def _run_directory(config: Config) -> Path:
+    if config.run_dir is None:
+        raise ConfigError("run_dir is not set; say where to write the run: run_dir=exp/NAME")
+    directory = Path(config.run_dir)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={directory}: cannot be made ({error.strerror})") from error
+    return directory
+
+
+def _open_data(config: Config, text: TextSide) -> tuple[Split, Split | None]:
+    budget = config.data.microbatch_tokens
+    train = open_split(config, config.data.train, text, key="data.train", budget=budget)
+    if not config.evaluation.every:
+        return train, None
+    if not config.data.validation:
+        raise ConfigError(
+            "data.validation is not set, but evaluation.every is "
+            f"{config.evaluation.every}; give data.validation=DIR or evaluation.every=0"
+        )
+    validation = open_split(
+        config, config.data.validation, text, key="data.validation", budget=budget
+    )
+    return train, validation
+
+
+def _newest(directory: Path, world: World) -> Checkpoint | None:
+    """Rank 0 chooses, so that no two ranks go on from different steps."""
+    complete = complete_checkpoints(directory) if world.is_main else []
+    chosen = world.from_main(str(complete[-1]) if complete else None)
+    return None if chosen is None else read_checkpoint(Path(chosen))
+
+
+def _load(strategy: Strategy, config: Config, checkpoint: Checkpoint | None, world: World) -> None:
+    state = None
+    if checkpoint is not None:
+        state = read_trainable(checkpoint.path) if world.is_main else None
+    elif config.train.init_from is not None:
+        source = find_checkpoint(Path(config.train.init_from))
+        logger.info("starting from the weights of %s", source)
+        if world.is_main:
+            weights = read_trainable(source, weights_only=True).weights
+            zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+            state = TrainableState(weights, zeros, zeros, step=0)
+    else:
+        return
+    strategy.load_full_state(state)
+
+
+def _write_config(config: Config, directory: Path) -> None:
+    path, text = directory / "config.yaml", dump_config(config)
+    if path.is_file():
+        before = path.read_text(encoding="utf-8")
+        changes = difflib.unified_diff(before.splitlines(), text.splitlines(), n=0, lineterm="")
+        for change in list(changes)[2:]:
+            if not change.startswith("@@"):
+                logger.warning("the configuration differs from this run's last start: %s", change)
+    aside = path.with_name(".config.yaml.new")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _say_what_runs(
+    config: Config,
+    world: World,
+    model: SpeechLLM,
+    train: Split,
+    plan: EpochPlan,
+    progress: Progress,
+) -> None:
+    trained = sum(p.numel() for p in model.trainable_parameters().values())
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    kept = train.selection.kept
+    logger.info(
+        "%d rank(s) on %s, %s; %.1f M parameters train, %.1f M are frozen",
+        world.size, world.device.type, config.precision, trained / 1e6, frozen / 1e6,
+    )  # fmt: skip
+    logger.info(
+        "%d utterances, %.2f h; an epoch is %d steps of %d microbatches, padding %.1f %%",
+        len(kept), train.corpus.durations[kept].sum() / 3600, plan.num_steps,
+        config.data.microbatches_per_step, 100 * plan.padding_fraction,
+    )  # fmt: skip
+    waste = -config.data.microbatches_per_step % world.size
+    if waste:
+        logger.warning(
+            "%d ranks do not divide data.microbatches_per_step=%d: %d microbatch(es) of each step "
+            "are run twice, the second time at weight zero",
+            world.size, config.data.microbatches_per_step, waste,
+        )  # fmt: skip
+    if progress.step:
+        logger.info("resuming after step %d (epoch %d, step %d of it)",
+                    progress.step, progress.epoch, progress.epoch_step)  # fmt: skip

@@ -1,0 +1,115 @@
+"""One optimizer step, the same on every strategy, world size and cut into microbatches."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speechllm.errors import DataError
+from speechllm.strategy.base import Strategy
+from speechllm.types import StepData
+from speechllm.world import World
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over all microbatches of the step and all ranks, known before the forward."""
+
+    target_tokens: int
+    utterances: int
+    audio_seconds: float
+    positions: int  # rows x columns that the LLM runs, repeats included
+    used_positions: int  # of these, not padding and not repeated
+    bad: int
+    stop: bool
+
+    @property
+    def padding_fraction(self) -> float:
+        return 1.0 - self.used_positions / max(self.positions, 1)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """This rank's sums, still on the device, and the norm of the gradient of all ranks."""
+
+    loss: Tensor
+    correct: Tensor
+    grad_norm: float
+
+
+def agree(data: StepData, world: World, *, stop: bool) -> StepTotals:
+    """What the step holds and whether any rank wants to stop, in one collective."""
+    counted = [m for m in data.microbatches if m.weight > 0]
+    sums = world.sum(
+        [
+            sum(m.batch.num_target_tokens for m in counted),
+            sum(m.utterances for m in counted),
+            sum(m.audio_seconds for m in counted),
+            sum(m.batch.attention_mask_BS.numel() for m in data.microbatches),
+            sum(int(m.batch.attention_mask_BS.sum()) for m in counted),
+            sum(len(m.bad) for m in data.microbatches),
+            float(stop),
+        ]
+    )
+    return StepTotals(
+        target_tokens=int(sums[0]),
+        utterances=int(sums[1]),
+        audio_seconds=sums[2],
+        positions=int(sums[3]),
+        used_positions=int(sums[4]),
+        bad=int(sums[5]),
+        stop=sums[6] > 0,
+    )
+
+
+def run_step(
+    strategy: Strategy,
+    data: StepData,
+    totals: StepTotals,
+    *,
+    lr: float,
+    seed: int,
+    step: int,
+    device: torch.device,
+) -> StepResult:
+    """Forward and backward of this rank's microbatches, then one update.
+
+    The loss is the sum of cross entropies over the target tokens of the whole step, so it does not
+    depend on how they fall into microbatches or ranks.
+    """
+    loss_sum = torch.zeros((), device=device)
+    correct = torch.zeros((), device=device)
+    for number, microbatch in enumerate(data.microbatches):
+        torch.manual_seed(dropout_seed(seed, step, microbatch.index))
+        with strategy.microbatch(last=number == len(data.microbatches) - 1):
+            sums = strategy.model(microbatch.batch.to(device))
+            strategy.backward(sums.loss * (microbatch.weight / max(totals.target_tokens, 1)))
+        loss_sum += sums.loss.detach() * microbatch.weight
+        correct += sums.correct.detach() * microbatch.weight
+    return StepResult(loss_sum, correct, strategy.step(lr))
+
+
+def dropout_seed(seed: int, step: int, microbatch: int) -> int:
+    """A pure function, so that dropout depends neither on ranks nor on where a run was resumed."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{microbatch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # torch takes up to 2**63 - 1
+
+
+def refuse_too_many_bad(
+    data: StepData, world: World, *, bad: int, epoch_utterances: int, fraction: float
+) -> None:
+    """Raise DataError on every rank, with examples, once more than `fraction` of the epoch's
+    utterances could not be read. Every rank must call it with the same `bad`."""
+    if bad <= fraction * epoch_utterances:
+        return
+    mine = [[b.key, b.shard, b.reason] for m in data.microbatches for b in m.bad]
+    shown = [row for rows in world.gather(mine) for row in rows][:20]
+    raise DataError(
+        f"{bad} of {epoch_utterances} utterances of this epoch could not be used, more than "
+        f"data.max_bad_fraction={fraction:g} allows; mend or rebuild the shards, or raise the "
+        "limit. The last of them (all are in train.log):\n"
+        + "\n".join(f"  {key} in {shard}: {reason}" for key, shard, reason in shown)
+    )

@@ -1,0 +1,64 @@
+"""What the training loop needs of a strategy, and nothing more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from speechllm.errors import CheckpointError
+
+
+@dataclass
+class TrainableState:
+    """All that trains, free of strategy and world size: fp32 CPU tensors by parameter name."""
+
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    step: int  # optimizer steps taken
+
+    def refuse_unless_fits(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Raise CheckpointError, with the whole difference, unless names and shapes agree."""
+        have = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
+        want = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        if have == want:
+            return
+        lines = [f"  {name}: in the checkpoint, not in this model" for name in have.keys() - want]
+        lines += [f"  {name}: in this model, not in the checkpoint" for name in want.keys() - have]
+        lines += [
+            f"  {name}: {have[name]} in the checkpoint, {want[name]} in this model"
+            for name in have.keys() & want
+            if have[name] != want[name]
+        ]
+        raise CheckpointError(
+            "the checkpoint's weights do not fit this model; set model.connector, model.encoder "
+            "and model.llm as they were for that run, or use another run_dir:\n"
+            + "\n".join(sorted(lines))
+        )
+
+
+class Strategy(Protocol):
+    """How the ranks share the work of a step."""
+
+    model: nn.Module
+    """Called as `model(batch)`; gives the `LossSums` of that microbatch."""
+
+    def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of one microbatch; gradients are synchronised on the last."""
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is this rank's share of the step's loss; the shares of all ranks add up."""
+
+    def step(self, lr: float) -> float:
+        """Clip, update, zero. Returns the gradient norm before clipping; if that is not finite,
+        nothing is updated."""
+
+    def full_state(self) -> TrainableState | None:
+        """A copy of all that trains, on rank 0; None elsewhere. A collective."""
+
+    def load_full_state(self, state: TrainableState | None) -> None:
+        """Take over rank 0's `state`; other ranks may pass None. A collective."""

@@ -1,0 +1,105 @@
+"""One process, or DistributedDataParallel over several: every rank holds everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from speechllm.config.schema import Optim
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.optim import build_adamw
+from speechllm.strategy.base import TrainableState
+from speechllm.world import World
+
+
+class DDPStrategy:
+    """See `speechllm.strategy.base.Strategy`."""
+
+    def __init__(self, model: SpeechLLM, optim: Optim, world: World) -> None:
+        self.parameters = model.trainable_parameters()
+        self.optimizer = build_adamw(self.parameters, optim)
+        self.max_grad_norm = optim.max_grad_norm
+        self.world = world
+        self.model: nn.Module = model
+        if world.size > 1:
+            # init_sync would broadcast the frozen LLM too; every rank has read the same files, and
+            # what trains is drawn from the seed, but is sent once to be certain of it.
+            self._broadcast(self.parameters.values())
+            self.model = DistributedDataParallel(
+                model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @contextmanager
+    def microbatch(self, *, last: bool) -> Iterator[None]:
+        if last or not isinstance(self.model, DistributedDataParallel):
+            yield
+        else:
+            with self.model.no_sync():
+                yield
+
+    def backward(self, loss: Tensor) -> None:
+        # DDP averages over ranks; the shares must be added.
+        (loss * self.world.size).backward()
+
+    def step(self, lr: float) -> float:
+        norm = float(clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def full_state(self) -> TrainableState | None:
+        if not self.world.is_main:
+            return None
+        moments = {name: self._moments(p) for name, p in self.parameters.items()}
+        states = [self.optimizer.state.get(p, {}) for p in self.parameters.values()]
+        return TrainableState(
+            weights={name: _copy(p) for name, p in self.parameters.items()},
+            exp_avg={name: _copy(first) for name, (first, _) in moments.items()},
+            exp_avg_sq={name: _copy(second) for name, (_, second) in moments.items()},
+            step=max((int(state["step"]) for state in states if state), default=0),
+        )
+
+    @torch.no_grad()
+    def load_full_state(self, state: TrainableState | None) -> None:
+        if self.world.is_main:
+            assert state is not None
+            state.refuse_unless_fits(self.parameters)
+        steps = torch.tensor([state.step if state is not None else 0], device=self.world.device)
+        self._broadcast([steps])
+        for name, parameter in self.parameters.items():
+            moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
+            if state is not None:
+                parameter.copy_(state.weights[name])
+                moments[0].copy_(state.exp_avg[name])
+                moments[1].copy_(state.exp_avg_sq[name])
+            self._broadcast([parameter, *moments])
+            self.optimizer.state[parameter] = {
+                "step": steps[0].float(),
+                "exp_avg": moments[0],
+                "exp_avg_sq": moments[1],
+            }
+
+    def _moments(self, parameter: nn.Parameter) -> tuple[Tensor, Tensor]:
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            return torch.zeros_like(parameter), torch.zeros_like(parameter)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def _broadcast(self, tensors: Iterable[Tensor]) -> None:
+        if self.world.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), src=0)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

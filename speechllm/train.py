@@ -1,0 +1,200 @@
+"""The training loop. `_loop` reads in the order in which it runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, closing
+from dataclasses import replace
+
+from speechllm.checkpoint import Progress
+from speechllm.config.load import dump_config
+from speechllm.config.schema import Config
+from speechllm.data.plan import EpochPlan
+from speechllm.evaluate import evaluate
+from speechllm.log import logger
+from speechllm.optim import learning_rate
+from speechllm.prepare import Split
+from speechllm.run import Run, open_run
+from speechllm.step import StepResult, StepTotals, agree, refuse_too_many_bad, run_step
+from speechllm.stop import StopSignals
+from speechllm.types import StepData
+from speechllm.world import World
+
+DONE, STOPPED = 0, 99
+
+
+def train(config: Config, world: World) -> int:
+    """Train until `train.steps`, from the newest checkpoint in `run_dir` where there is one.
+
+    Returns the exit code: 0 done, 99 stopped by a signal with a checkpoint written.
+    Raises UserError subclasses for what the user can mend.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignals())
+        run = open_run(config, world, stack)
+        return _loop(run, stop)
+
+
+def _loop(run: Run, stop: StopSignals) -> int:
+    config, progress, world = run.config, run.progress, run.world
+    if _finished(run):
+        logger.info("nothing left to do: the run is at step %d", progress.step)
+        return DONE
+    clock = Clock()
+    with closing(run.loader.steps(progress.epoch, progress.epoch_step)) as steps:
+        for data in steps:
+            clock.data_arrived()
+            totals = agree(data, world, stop=stop.received is not None)
+            if totals.stop:
+                _save(run)
+                logger.info("stopped by %s after step %d; run the same command again to go on",
+                            stop.received or "another rank's signal", progress.step)  # fmt: skip
+                return STOPPED
+            plan = run.plan_of(data.epoch)
+            _count_bad(run, data, totals, plan)
+            lr = learning_rate(progress.step, config.optim, config.train.steps)
+            result = run_step(run.strategy, data, totals, lr=lr, seed=config.seed,
+                              step=progress.step, device=world.device)  # fmt: skip
+            _advance(progress, data, plan)
+            clock.step_done(totals)
+            if _due(run, config.train.log_every):
+                _log(run, data, totals, result, lr, clock)
+            improved = False
+            if run.validation is not None and _due(run, config.evaluation.every):
+                improved = _evaluate(run, run.validation)
+            if improved or _finished(run) or _due(run, config.train.checkpoint_every):
+                _save(run)
+            if _finished(run):
+                return DONE
+            clock.restart()
+    raise AssertionError("the loader is endless")
+
+
+class Clock:
+    """Where the time since the last logged step went, in seconds."""
+
+    def __init__(self) -> None:
+        self._clear()
+        self._now = time.perf_counter()
+
+    def restart(self) -> None:
+        """Leave out what was done since the step: evaluation, the wait for a checkpoint."""
+        self._now = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        self._wait += self._lap()
+
+    def step_done(self, totals: StepTotals) -> None:
+        self._busy += self._lap()
+        self._steps += 1
+        self._utterances += totals.utterances
+        self._audio += totals.audio_seconds
+
+    def read(self) -> dict[str, float]:
+        """Means over the steps since the last reading, and rates of the whole world."""
+        spent = self._wait + self._busy
+        values = {
+            "step_seconds": spent / self._steps,
+            "data_wait_seconds": self._wait / self._steps,
+            "utterances_per_second": self._utterances / spent,
+            "audio_seconds_per_second": self._audio / spent,
+        }
+        self._clear()
+        return values
+
+    def _clear(self) -> None:
+        self._wait = self._busy = self._audio = 0.0
+        self._steps = self._utterances = 0
+
+    def _lap(self) -> float:
+        before, self._now = self._now, time.perf_counter()
+        return self._now - before
+
+
+def _due(run: Run, every: int) -> bool:
+    return run.progress.step % every == 0 or run.progress.step == run.config.train.steps
+
+
+def _finished(run: Run) -> bool:
+    patience = run.config.evaluation.patience
+    out_of_patience = 0 < patience <= run.progress.evaluations_without_best
+    return out_of_patience or run.progress.step >= run.config.train.steps
+
+
+def _count_bad(run: Run, data: StepData, totals: StepTotals, plan: EpochPlan) -> None:
+    for microbatch in data.microbatches:
+        for bad in microbatch.bad:
+            logger.warning("skipped %s in %s: %s", bad.key, bad.shard, bad.reason)
+    run.progress.bad_in_epoch += totals.bad
+    if totals.bad:
+        refuse_too_many_bad(
+            data,
+            run.world,
+            bad=run.progress.bad_in_epoch,
+            epoch_utterances=len(run.train.selection.kept),
+            fraction=run.config.data.max_bad_fraction,
+        )
+
+
+def _advance(progress: Progress, data: StepData, plan: EpochPlan) -> None:
+    progress.step += 1
+    progress.epoch, progress.epoch_step = data.epoch, data.step + 1
+    if progress.epoch_step == plan.num_steps:
+        progress.epoch, progress.epoch_step, progress.bad_in_epoch = data.epoch + 1, 0, 0
+
+
+def _log(
+    run: Run, data: StepData, totals: StepTotals, result: StepResult, lr: float, clock: Clock
+) -> None:
+    loss, correct = run.world.sum([float(result.loss), float(result.correct)])
+    if not math.isfinite(result.grad_norm):
+        logger.warning("step %d: the gradient is not finite; no update", run.progress.step)
+    if run.metrics is None:
+        return
+    values = {
+        "step": run.progress.step,
+        "epoch": data.epoch,
+        "loss": loss / max(totals.target_tokens, 1),
+        "token_accuracy": correct / max(totals.target_tokens, 1),
+        "lr": lr,
+        "grad_norm": result.grad_norm,
+        "target_tokens": totals.target_tokens,
+        "utterances": totals.utterances,
+        "audio_seconds": round(totals.audio_seconds, 3),
+        "padding_fraction": totals.padding_fraction,
+        "bad_utterances": run.progress.bad_in_epoch,
+        **clock.read(),
+    }
+    run.metrics.training(values)
+    run.line.update(values)
+
+
+def _evaluate(run: Run, validation: Split) -> bool:
+    """True where the score is among the `train.keep_best` best so far."""
+    progress, rule = run.progress, run.config.evaluation
+    scores = evaluate(run.model, validation, run.text, run.config, run.world)
+    if run.metrics is not None:
+        run.metrics.evaluation({"step": progress.step, "epoch": progress.epoch, **scores})
+    logger.info(
+        "step %d | validation %s",
+        progress.step,
+        " | ".join(f"{name} {value:.4g}" for name, value in scores.items()),
+    )
+    sign = -1 if rule.metric == "token_accuracy" else 1
+    score = scores[rule.metric] if math.isfinite(scores[rule.metric]) else math.inf * sign
+    entry = {"step": progress.step, "score": score}
+    is_best = not progress.best or sign * score < sign * progress.best[0]["score"]
+    progress.evaluations_without_best = 0 if is_best else progress.evaluations_without_best + 1
+    ranked = sorted([*progress.best, entry], key=lambda e: (sign * e["score"], e["step"]))
+    progress.best = ranked[: max(run.config.train.keep_best, 1)]
+    return run.config.train.keep_best > 0 and entry in progress.best
+
+
+def _save(run: Run) -> None:
+    """Gathers on all ranks; rank 0 writes in the background."""
+    state = run.strategy.full_state()
+    if run.writer is not None:
+        assert state is not None
+        snapshot = replace(run.progress, best=list(run.progress.best))
+        run.writer.save(state, snapshot, run.identity, dump_config(run.config))

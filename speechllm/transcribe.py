@@ -1,0 +1,76 @@
+"""Text from audio files of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from speechllm.config.schema import Config
+from speechllm.data.audio import load_audio
+from speechllm.data.collate import collate
+from speechllm.decode import load_trained
+from speechllm.generate import generate
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.prepare import TextSide
+from speechllm.types import SAMPLE_RATE, Utterance
+
+LONGEST = 30 * SAMPLE_RATE
+SEARCHED = 10 * SAMPLE_RATE  # the last part of a piece, in which a pause is looked for
+FRAME = SAMPLE_RATE // 10
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """duration: seconds."""
+
+    audio: str
+    text: str
+    duration: float
+
+
+def transcribe(
+    run: Path, files: Sequence[str], overrides: Sequence[str], device: torch.device
+) -> list[Transcript]:
+    """Raises AudioError naming the file before anything is decoded, CheckpointError without one."""
+    audio = {file: load_audio(file) for file in files}
+    config, model, text, _ = load_trained(run, overrides, prefer="best", device=device)
+    return [
+        Transcript(file, _decode(samples, model, text, config, device), len(samples) / SAMPLE_RATE)
+        for file, samples in audio.items()
+    ]
+
+
+def _decode(
+    samples_N: np.ndarray, model: SpeechLLM, text: TextSide, config: Config, device: torch.device
+) -> str:
+    said = []
+    for piece in cut_at_pauses(samples_N):
+        example = text.prompter.example(Utterance("audio", piece, ""), 0, with_target=False)
+        batch = collate([example], text.audio_tokens, pad_id=text.pad_id, pad_left=True)
+        rows = generate(
+            model,
+            batch.to(device),
+            max_new_tokens=config.generation.max_new_tokens,
+            num_beams=config.generation.num_beams,
+            end_token_ids=(text.prompter.end_token_id,),
+            pad_id=text.pad_id,
+        )
+        said += text.tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return " ".join(part.strip() for part in said).strip()
+
+
+def cut_at_pauses(samples_N: np.ndarray) -> list[np.ndarray]:
+    """Pieces of at most 30 s that join to the whole, each cut in the quietest 0.1 s of the last
+    10 s that it may have."""
+    pieces = []
+    while len(samples_N) > LONGEST:
+        searched = samples_N[LONGEST - SEARCHED : LONGEST].astype(np.float32)
+        loudness = np.square(searched.reshape(-1, FRAME)).mean(axis=1)
+        cut = LONGEST - SEARCHED + int(loudness.argmin()) * FRAME + FRAME // 2
+        pieces.append(samples_N[:cut])
+        samples_N = samples_N[cut:]
+    return [*pieces, samples_N]
