@@ -1,0 +1,109 @@
+"""Encoder, connector and LLM as one module that turns a batch into its loss.
+
+Shape legend: B examples, S positions of the LLM, W width of its embeddings, A audio segments,
+T frames, K audio tokens, L trained positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from transformers import PreTrainedModel
+
+from speechllm.model.loss import label_loss
+from speechllm.types import IGNORE, Batch, LossSums
+
+
+class SpeechLLM(nn.Module):
+    """Audio tokens take their places among the text embeddings of a causal LLM.
+
+    Weights are read only inside the forwards of the modules that own them, so a strategy may
+    shard any of them. What does not require gradients stays in eval mode.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        connector: nn.Module,
+        llm: PreTrainedModel,
+        *,
+        compute_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.connector = connector
+        self.llm = llm
+        self.compute_dtype = compute_dtype
+        self.train(self.training)
+
+    def forward(self, batch: Batch) -> LossSums:
+        """Sums over the batch's target tokens: cross entropy in nats, right guesses, tokens."""
+        keep_BS = functional.pad(batch.labels_BS[:, 1:] != IGNORE, (0, 1))
+        labels_L = batch.labels_BS.roll(-1, dims=1)[keep_BS]
+        with self.autocast():
+            # The output matrix runs on the trained positions only: with a vocabulary of 50 to 130
+            # thousand, logits of every position cost more memory than all the rest.
+            logits_LV = self.llm(
+                inputs_embeds=self.inputs_embeds(batch),
+                attention_mask=batch.attention_mask_BS,
+                position_ids=position_ids(batch.attention_mask_BS),
+                use_cache=False,
+                logits_to_keep=keep_BS,
+            ).logits
+        return label_loss(logits_LV, labels_L)
+
+    def inputs_embeds(self, batch: Batch) -> Tensor:
+        """Embeddings [B, S, W] of text, with the audio tokens put where `audio_mask_BS` is."""
+        with self.autocast():
+            embeds_BSW = self.llm.get_input_embeddings()(batch.tokens_BS)
+            tokens_AKW, counts_A = self.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
+            positions_K = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device)
+            audio = tokens_AKW[positions_K < counts_A[:, None]]
+            places = batch.audio_mask_BS.flatten().nonzero().squeeze(1)
+            assert len(audio) == len(places), f"{len(audio)} audio tokens, {len(places)} places"
+            flat = embeds_BSW.flatten(0, 1).index_copy(0, places, audio.to(embeds_BSW.dtype))
+            return flat.view_as(embeds_BSW)
+
+    def audio_tokens(self, audio_AN: Tensor, lengths_A: Tensor) -> tuple[Tensor, Tensor]:
+        """int16 [A, N] and samples [A] -> audio tokens [A, K, W] and their counts [A]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.encoder)):
+            frames_ATD, counts_A = self.encoder(audio_AN, lengths_A)
+        return self.connector(frames_ATD, counts_A)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Where compute is bf16 and weights that train are fp32: each is cast once a forward."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.connector.parameters()).device
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """By name, sorted: the whole of what optimizers and checkpoints hold."""
+        return dict(sorted((n, p) for n, p in self.named_parameters() if p.requires_grad))
+
+    def train(self, mode: bool = True) -> SpeechLLM:
+        """As `nn.Module.train`, but parts in which nothing trains stay in eval mode."""
+        super().train(mode)
+        for part in self._parts():
+            part.train(mode and _trains(part))
+        return self
+
+    def _parts(self) -> Iterator[nn.Module]:
+        yield from (self.encoder, self.connector, self.llm)
+
+
+def position_ids(attention_mask_BS: Tensor) -> Tensor:
+    """0, 1, ... from each row's first real position, wherever the padding is."""
+    return (attention_mask_BS.cumsum(1) - 1).clamp(min=0)
+
+
+def _trains(part: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in part.parameters())
