@@ -1,0 +1,62 @@
+"""Walks the schema: which sections there are, under which dotted key, of which kinds."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from speechllm.config.schema import Config, Section
+
+
+def kinds(annotation: Any) -> dict[str | None, type[Section]]:
+    """The sections that a field may hold, by `kind` (None where the section has none).
+
+    Empty for a field that holds a value.
+    """
+    if get_origin(annotation) is Annotated:
+        return kinds(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        members: dict[str | None, type[Section]] = {}
+        for member in get_args(annotation):
+            members |= kinds(member)
+        return members
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        kind = annotation.model_fields.get("kind")
+        return {kind.default if kind and len(get_args(kind.annotation)) == 1 else None: annotation}
+    return {}
+
+
+def children(section: type[Section]) -> dict[str, dict[str | None, type[Section]]]:
+    """The fields of `section` that hold sections themselves, with their kinds."""
+    found = {name: kinds(field.annotation) for name, field in section.model_fields.items()}
+    return {name: members for name, members in found.items() if members}
+
+
+def default_kind(members: Mapping[str | None, type[Section]]) -> str | None:
+    """The kind meant where `kind` is left out: the first of the union."""
+    return next(iter(members))
+
+
+def sections(root: type[Section] = Config) -> Iterator[tuple[str, str | None, type[Section]]]:
+    """(dotted key, kind, class) of the root ("") and of all sections below it, in schema order."""
+
+    def walk(
+        prefix: str, members: Mapping[str | None, type[Section]]
+    ) -> Iterator[tuple[str, str | None, type[Section]]]:
+        for kind, cls in members.items():
+            yield prefix, kind, cls
+            for name, below in children(cls).items():
+                yield from walk(f"{prefix}.{name}" if prefix else name, below)
+
+    return walk("", {None: root})
+
+
+def all_keys() -> list[str]:
+    """Every dotted key that a configuration may give, each once."""
+    keys = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, _, cls in sections()
+        for name in cls.model_fields
+    ]
+    return list(dict.fromkeys(keys))
