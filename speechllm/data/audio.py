@@ -36,7 +36,7 @@ _BLOCK = 1 << 18
 
 
 class AudioInfo(NamedTuple):
-    """duration in seconds, sample_rate in Hz."""
+    """duration: seconds, of what `decode_audio` gives. sample_rate: Hz, of the file."""
 
     duration: float
     sample_rate: int
@@ -96,6 +96,11 @@ def encode_flac(samples: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     soundfile.write(buffer, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     return buffer.getvalue()
+
+
+def resampled_length(frames: int, rate: int) -> int:
+    """Samples at 16 kHz that soxr makes of so many frames: rounded, halves upwards."""
+    return (2 * frames * SAMPLE_RATE + rate) // (2 * rate)
 
 
 def extension_of(path: str) -> str:
@@ -165,9 +170,10 @@ def _probe(source: str | io.BytesIO, extension: str) -> AudioInfo:
         frames, rate, channels = sound.frames, sound.samplerate, sound.channels
         if frames >= _UNKNOWN_FRAMES:
             frames = len(_read_to_end(sound, "int16"))
-    if frames == 0:
+    decoded = resampled_length(frames, rate)
+    if decoded == 0:
         raise AudioError("empty: no samples")
-    return AudioInfo(frames / rate, rate, channels)
+    return AudioInfo(decoded / SAMPLE_RATE, rate, channels)
 
 
 def _decode(

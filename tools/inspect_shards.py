@@ -1,0 +1,224 @@
+"""Show what is in shards: counts, hours, lengths, rates, formats, and some utterances.
+
+--verify reads everything: it compares every tar with its index and decodes every utterance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+import pyarrow.compute as pc
+import soundfile
+from rich.table import Table
+from shard_console import hours, progress_bar, run, show, size
+
+from speechllm.data.files import file_size, open_binary
+from speechllm.data.index import Corpus, open_corpus
+from speechllm.data.pool import available_cores, map_unordered
+from speechllm.data.scan import scan_tar
+from speechllm.data.shards import safe_key
+from speechllm.data.store import Store
+from speechllm.types import SAMPLE_RATE, DataError, UserError
+
+_EDGES = (0.0, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0)
+_BAR = 30
+_NAMED = 20
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parse_arguments(arguments)
+    corpus = open_corpus(options.shards)
+    if options.extract is not None:
+        extract(corpus, options.extract, options.to)
+        return 0
+    summary = summarise(corpus, options.samples)
+    if options.verify:
+        problems = verify(corpus, options.num_workers)
+        summary["problems"] = problems
+    if options.json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+    else:
+        print_summary(summary)
+    return 2 if summary.get("problems") else 0
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "shards", nargs="+", metavar="TAR_OR_DIR", help="tar, directory, glob or url"
+    )
+    parser.add_argument("--samples", type=int, default=3, help="utterances shown (default 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="read and decode everything")
+    parser.add_argument("--num-workers", type=int, default=available_cores(), help="for --verify")
+    parser.add_argument("--extract", metavar="KEY", help="write this utterance's audio to a file")
+    parser.add_argument("--to", metavar="FILE", help="where --extract writes, e.g. a.wav")
+    options = parser.parse_args(arguments)
+    if (options.extract is None) != (options.to is None):
+        parser.error("--extract KEY and --to FILE go together")
+    return options
+
+
+def summarise(corpus: Corpus, samples: int) -> dict[str, Any]:
+    """What the indexes tell, and the first utterances."""
+    sizes = [file_size(tar) or 0 for tar in corpus.shards]
+    counts, _ = np.histogram(corpus.durations, [*_EDGES, np.inf])
+    store = Store(corpus)
+    shown = []
+    for i in range(min(samples, len(corpus))):
+        utterance = store.read(i)
+        shown.append(
+            {
+                "key": utterance.key,
+                "seconds": round(utterance.duration, 3),
+                "text": utterance.text,
+                **({"fields": utterance.fields} if utterance.fields else {}),
+            }
+        )
+    return {
+        "shards": len(corpus.shards),
+        "bytes": sum(sizes),
+        "utterances": len(corpus),
+        "utterances_per_shard": _spread(corpus.shard_sizes),
+        "hours": float(corpus.durations.sum()) / 3600,
+        "seconds": _spread(corpus.durations),
+        "characters": _spread(corpus.text_lengths),
+        "without_text": int((corpus.text_lengths == 0).sum()),
+        "histogram": dict(zip(_ranges(), counts.tolist(), strict=True)),
+        "sample_rates": _counts(corpus, "sample_rate"),
+        "audio": _counts(corpus, "audio_ext"),
+        "metadata": _counts(corpus, "meta_ext"),
+        "fingerprint": corpus.fingerprint,
+        "samples": shown,
+    }
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    if len(values) == 0:
+        return {}
+    return {
+        "min": float(values.min()),
+        "median": float(np.median(values)),
+        "mean": float(values.mean()),
+        "max": float(values.max()),
+    }
+
+
+def _counts(corpus: Corpus, column: str) -> dict[str, int]:
+    pairs = pc.value_counts(corpus.column(column)).to_pylist()
+    ordered = sorted(pairs, key=lambda pair: (-pair["counts"], str(pair["values"])))
+    return {str(pair["values"]): pair["counts"] for pair in ordered}
+
+
+def _ranges() -> list[str]:
+    inner = [f"{a:g}-{b:g} s" for a, b in pairwise(_EDGES)]
+    return [*inner, f"over {_EDGES[-1]:g} s"]
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    table = Table(show_header=False)
+    table.add_row("shards", f"{summary['shards']:,} ({size(summary['bytes'])})")
+    table.add_row("utterances", f"{summary['utterances']:,}")
+    table.add_row("per shard", _spread_text(summary["utterances_per_shard"], "{:.0f}"))
+    table.add_row("length", hours(summary["hours"] * 3600))
+    table.add_row("seconds", _spread_text(summary["seconds"], "{:.2f}"))
+    table.add_row("characters of text", _spread_text(summary["characters"], "{:.0f}"))
+    if summary["without_text"]:
+        table.add_row("with empty text", f"{summary['without_text']:,}")
+    for name, title in (
+        ("sample_rates", "sample rates (Hz)"),
+        ("audio", "audio"),
+        ("metadata", "metadata"),
+    ):
+        table.add_row(title, ", ".join(f"{k}: {v:,}" for k, v in summary[name].items()))
+    highest = max(summary["histogram"].values()) or 1
+    for name, count in summary["histogram"].items():
+        if count:
+            table.add_row(name, "█" * max(1, round(_BAR * count / highest)) + f" {count:,}")
+    show(table)
+    for sample in summary["samples"]:
+        print(f"{sample['key']} ({sample['seconds']} s): {sample['text']}")
+    if "problems" in summary:
+        problems = summary["problems"]
+        for problem in problems[:_NAMED]:
+            print(f"error: {problem}", file=sys.stderr)
+        if len(problems) > _NAMED:
+            print(f"error: and {len(problems) - _NAMED:,} more (see --json)", file=sys.stderr)
+        if not problems:
+            print("verified: every tar fits its index, every utterance decodes")
+
+
+def _spread_text(spread: dict[str, float], form: str) -> str:
+    return ", ".join(f"{name} {form.format(value)}" for name, value in spread.items())
+
+
+def verify(corpus: Corpus, num_workers: int) -> list[str]:
+    """Everything that is wrong, in the order of the shards."""
+    found: dict[int, list[str]] = {}
+    with progress_bar() as progress:
+        for i, problems in map_unordered(verify_shard, corpus.shards, num_workers):
+            found[i] = problems
+            progress("Verifying", len(found), len(corpus.shards))
+    return [problem for i in sorted(found) for problem in found[i]]
+
+
+def verify_shard(tar: str) -> list[str]:
+    """Compare one tar's members with its index, and decode every utterance."""
+    corpus = open_corpus([tar])
+    try:
+        with open_binary(tar) as file:
+            rows, skipped = scan_tar(tar, file)
+    except (DataError, OSError) as error:
+        return [str(error)]
+    problems = []
+    for reason, names in skipped.items():
+        problems += [f"{name} in {tar}: {reason}" for name in names]
+    scanned = {(row.key, row.audio.offset, row.audio.size, row.metadata.offset) for row in rows}
+    locations = [corpus.location(i) for i in range(len(corpus))]
+    indexed = {(at.key, at.audio_offset, at.audio_size, at.meta_offset) for at in locations}
+    remedy = "rebuild it with: python tools/index_shards.py --overwrite"
+    problems += [f"{row[0]} in {tar}: not in the index; {remedy}" for row in scanned - indexed]
+    problems += [f"{row[0]} in {tar}: not as the index says; {remedy}" for row in indexed - scanned]
+    store = Store(corpus)
+    for i in range(len(corpus)):
+        try:
+            utterance = store.read(i)
+        except DataError as error:
+            problems.append(str(error))
+            continue
+        # The header of a variable-rate MP3 only estimates its length.
+        slack = 0.1 * utterance.duration if corpus.location(i).audio_ext == "mp3" else 0.0
+        if abs(utterance.duration - corpus.durations[i]) > slack + 0.5 / SAMPLE_RATE:
+            problems.append(
+                f"{utterance.key} in {tar}: {utterance.duration:.3f} s, its header and index say "
+                f"{corpus.durations[i]:.3f} s"
+            )
+    return problems
+
+
+def extract(corpus: Corpus, key: str, target: str) -> None:
+    """Write one utterance's audio, as training sees it: 16 kHz, mono."""
+    number = -1
+    for wanted in (key, safe_key(key)):
+        number = pc.index(corpus.column("key"), wanted).as_py() if number < 0 else number
+    if number < 0:
+        raise UserError(f"no utterance {key!r} in these {len(corpus.shards)} shards")
+    utterance = Store(corpus).read(number)
+    try:
+        soundfile.write(target, utterance.samples, SAMPLE_RATE)
+    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+        raise UserError(f"{target}: cannot be written ({error}); name a .wav or .flac") from error
+    print(f"{utterance.key}: {utterance.duration:.3f} s -> {target}: {utterance.text}")
+
+
+if __name__ == "__main__":
+    run(main)
