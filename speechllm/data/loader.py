@@ -1,0 +1,257 @@
+"""From a plan to batches: reading, decoding, prompting and collating, by option in processes.
+
+The order is that of the plan for every number of worker processes. Workers are forked once and live
+as long as the iterator.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from speechllm.data.collate import collate
+from speechllm.data.plan import EpochPlan, rank_share
+from speechllm.data.prompt import Prompter
+from speechllm.data.store import Store
+from speechllm.errors import DataError
+from speechllm.types import (
+    SAMPLE_RATE,
+    BadUtterance,
+    Example,
+    Microbatch,
+    Reference,
+    StepData,
+    Utterance,
+)
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SILENCE = Utterance("", np.zeros(SAMPLE_RATE // 10, dtype=np.int16), "")
+
+AudioTokens = Callable[[int], int]
+
+
+class TrainLoader:
+    """The endless steps of one rank.
+
+    Args:
+        store: where utterances are read.
+        prompter: makes examples of them.
+        audio_tokens: LLM positions that a number of samples takes.
+        pad_id: any valid token id.
+        plan_of: the plan of an epoch. Called once an epoch.
+        rank: of `world` ranks, whose share of each step is read.
+        num_workers: processes; 0 reads in this one.
+        prefetch: microbatches that each process keeps ready.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        prompter: Prompter,
+        audio_tokens: AudioTokens,
+        pad_id: int,
+        plan_of: Callable[[int], EpochPlan],
+        *,
+        rank: int,
+        world: int,
+        num_workers: int,
+        prefetch: int,
+    ) -> None:
+        self._reader = _Reader(store, prompter, audio_tokens, pad_id)
+        self._plan_of = plan_of
+        self._rank = rank
+        self._world = world
+        self._num_workers = num_workers
+        self._prefetch = prefetch
+
+    def steps(self, epoch: int, step: int) -> Iterator[StepData]:
+        """Steps from this cursor on, epoch after epoch without end.
+
+        Nothing earlier is read or planned, so the step after a restart comes as fast as the first
+        one. Closing the iterator ends the worker processes.
+
+        A microbatch has weight 0, no utterances and no seconds where this rank only keeps step with
+        the others (its last microbatch again) or where nothing of it could be read (silence).
+
+        Raises:
+            DataError: an epoch has no steps, or fewer than the cursor says.
+        """
+        tasks = self._tasks(epoch, step)
+        mine: list[Microbatch] = []
+        for task, microbatch in _read(self._reader, tasks, self._num_workers, self._prefetch):
+            mine.append(_repeat(microbatch) if task.is_repeat else microbatch)
+            if task.ends_step:
+                mine += [_repeat(microbatch)] * (task.rounds - len(mine))
+                yield StepData(task.epoch, task.step, mine)
+                mine = []
+
+    def _tasks(self, epoch: int, step: int) -> Iterator[_Task]:
+        while True:
+            plan = self._plan_of(epoch)
+            if plan.num_steps == 0 or step > plan.num_steps:
+                raise DataError(
+                    f"step {step} of epoch {epoch} is asked for, which has {plan.num_steps} steps: "
+                    "no utterance is left, or the data are not those that the run started with"
+                )
+            for k in range(step, plan.num_steps):
+                microbatches = plan.step(k)
+                share = rank_share(len(microbatches), self._rank, self._world)
+                # One's own microbatch is not read again for a repeat.
+                read = [s for s in share if not s[1]] or share
+                for m, is_repeat in read:
+                    ends_step = m == read[-1][0]
+                    yield _Task(epoch, k, m, microbatches[m], is_repeat, ends_step, len(share))
+            epoch, step = epoch + 1, 0
+
+
+def read_batches(
+    store: Store,
+    prompter: Prompter,
+    audio_tokens: AudioTokens,
+    pad_id: int,
+    microbatches: Sequence[np.ndarray],
+    *,
+    with_target: bool,
+    pad_left: bool,
+    num_workers: int,
+    prefetch: int,
+) -> Iterator[Microbatch]:
+    """The given microbatches in their order, once, for evaluation and decoding.
+
+    Args:
+        microbatches: int64 arrays of utterance numbers.
+        with_target: targets and labels too. Without, an empty text is no error.
+        pad_left: padding goes before the examples, as generation needs it.
+        num_workers: processes; 0 reads in this one.
+        prefetch: microbatches that each process keeps ready.
+    """
+    reader = _Reader(store, prompter, audio_tokens, pad_id, with_target, pad_left)
+    tasks = [_Task(0, 0, i, microbatch) for i, microbatch in enumerate(microbatches)]
+    for _, microbatch in _read(reader, tasks, min(num_workers, len(tasks)), prefetch):
+        yield microbatch
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One microbatch to read. rounds: microbatches of the step that this rank runs, repeats too."""
+
+    epoch: int
+    step: int
+    index: int
+    utterances: np.ndarray
+    is_repeat: bool = False
+    ends_step: bool = False
+    rounds: int = 1
+
+
+@dataclass(frozen=True)
+class _Reader(Dataset[tuple[_Task, Microbatch]]):
+    """What a worker process holds: from a task to a collated microbatch."""
+
+    store: Store
+    prompter: Prompter
+    audio_tokens: AudioTokens
+    pad_id: int
+    with_target: bool = True
+    pad_left: bool = False
+
+    def __getitem__(self, task: _Task) -> tuple[_Task, Microbatch]:
+        examples: list[Example] = []
+        references: list[Reference] = []
+        bad: list[BadUtterance] = []
+        for number in task.utterances.tolist():
+            try:
+                utterance = self.store.read(number)
+                examples.append(self._example(utterance, task.epoch))
+            except DataError as error:
+                place = self.store.corpus.location(number)
+                reason = str(error).removeprefix(f"{place.key} in {place.shard}: ")
+                bad.append(BadUtterance(place.key, place.shard, reason))
+                continue
+            name = str(utterance.fields.get("id", utterance.key))
+            references.append(Reference(number, name, utterance.text, utterance.duration))
+        if not examples:
+            silence = self.prompter.example(SILENCE, 0, with_target=self.with_target)
+            examples.append(silence)
+        microbatch = Microbatch(
+            index=task.index,
+            weight=1.0 if references else 0.0,
+            batch=collate(examples, self.audio_tokens, pad_id=self.pad_id, pad_left=self.pad_left),
+            utterances=len(references),
+            audio_seconds=sum(reference.duration for reference in references),
+            references=tuple(references),
+            bad=tuple(bad),
+        )
+        return task, microbatch
+
+    def _example(self, utterance: Utterance, epoch: int) -> Example:
+        if self.with_target and not utterance.text.strip():
+            raise DataError("the text is empty")
+        return self.prompter.example(utterance, epoch, with_target=self.with_target)
+
+
+def _repeat(microbatch: Microbatch) -> Microbatch:
+    return replace(microbatch, weight=0.0, utterances=0, audio_seconds=0.0, bad=())
+
+
+def _read(
+    reader: _Reader, tasks: Iterable[_Task], num_workers: int, prefetch: int
+) -> Iterator[tuple[_Task, Microbatch]]:
+    """The microbatches of the tasks, in their order, read ahead by `num_workers` processes."""
+    loader: DataLoader[tuple[_Task, Microbatch]] = DataLoader(
+        reader,
+        sampler=tasks,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        worker_init_fn=_outlive_signals,
+        # Fork shares the tokenizer and the index and imports nothing again. Beside the threads of
+        # gloo and CUDA it is safe because workers touch neither; a pin-memory thread would not be.
+        multiprocessing_context="fork" if num_workers else None,
+        generator=torch.Generator(),  # a seed for the workers is drawn; not from the model's
+    )
+    with _signals_held():
+        batches = iter(loader)
+    yield from batches
+
+
+def _as_it_is(sample: Any) -> Any:
+    return sample
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Forked inside, a process has the stop signals blocked from its first instruction."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Leave stop signals to the parent, which a batch system sends to every process of a job.
+
+    They stay blocked. Only the parent's own SIGTERM ends a worker: multiprocessing sends it at exit
+    to workers that still live, and waits for them.
+    """
+    # The tokenizers library warns when it finds that its thread pool was forked.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey_the_parent(parent: int) -> None:
+    while True:
+        signal_info = signal.sigwaitinfo(STOP_SIGNALS)
+        if signal_info.si_signo == signal.SIGTERM and signal_info.si_pid == parent:
+            os._exit(0)
