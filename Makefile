@@ -22,7 +22,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed
-	$(BIN)/python tools/config_reference.py --write
+	$(BIN)/python tools/config_reference.py --write docs/configuration.md
 
 # torch first and by its exact version: a looser request could bring gigabytes of CUDA packages.
 $(VENV)/.installed: $(PACKAGE_SOURCES)

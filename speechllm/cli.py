@@ -12,7 +12,6 @@ from pathlib import Path
 
 from speechllm import __version__
 from speechllm.config.load import load_config
-from speechllm.config.schema import Config
 from speechllm.errors import UserError
 
 WRONG_INPUT = 2
@@ -94,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
         help="applied to both sides first (default: %(default)s)",
     )  # fmt: skip
     wer.add_argument("--json", action="store_true")
+    wer.add_argument(
+        "--errors", type=int, default=0, metavar="N", help="also show the N most frequent errors"
+    )
     wer.set_defaults(command=_wer)
 
     report = commands.add_parser("report", help="where runs stand: steps, losses, best, WER")
@@ -116,6 +118,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    _quiet_transformers()
     from speechllm.train import train
     from speechllm.world import connected
 
@@ -124,7 +127,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    config: Config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.overrides)
+    _quiet_transformers()
     from speechllm.check import check
 
     findings = check(config)
@@ -141,6 +145,7 @@ def _generate(options: argparse.Namespace) -> int:
                 f"--split {split!r}: write it as NAME=DIR_OR_GLOB, as in test=data/test"
             )
         splits[name] = patterns
+    _quiet_transformers()
     from speechllm.decode import generate_run
     from speechllm.log import set_up_logging
     from speechllm.world import connected
@@ -155,6 +160,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
+    _quiet_transformers()
     from speechllm.transcribe import transcribe
     from speechllm.world import connected
 
@@ -169,10 +175,17 @@ def _transcribe(options: argparse.Namespace) -> int:
     return 0
 
 
+def _quiet_transformers() -> None:
+    """Weights load in a moment; a bar for each model would bury what we have to say."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _wer(options: argparse.Namespace) -> int:
     from speechllm.wer import wer_command
 
-    print(wer_command(options.predictions, options.normalizer, options.json))
+    print(wer_command(options.predictions, options.normalizer, options.json, options.errors))
     return 0
 
 

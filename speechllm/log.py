@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
+from rich.console import Console
 from rich.logging import RichHandler
 
 logger = logging.getLogger("speechllm")
@@ -16,7 +18,14 @@ def set_up_logging(rank: int = 0, *, file: Path | None = None, verbose: bool = F
     level = logging.DEBUG if verbose else logging.INFO
     logger.setLevel(level)
     logger.propagate = False
-    terminal = RichHandler(show_path=False, rich_tracebacks=False, log_time_format="%H:%M:%S")
+    terminal: logging.Handler
+    if sys.stderr.isatty():
+        terminal = RichHandler(
+            console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S"
+        )
+    else:  # a job's log: one line a record, however long
+        terminal = logging.StreamHandler()
+        terminal.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     terminal.setLevel(level if rank == 0 else logging.WARNING)
     logger.addHandler(terminal)
     if file is not None:

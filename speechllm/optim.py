@@ -15,11 +15,12 @@ def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
     """The rate of optimizer step `step` (from 0) of `total_steps`.
 
     Linear warm-up that reaches the peak at step `warmup_steps - 1`, then constant, or cosine or
-    linear down to `min_lr_fraction` of the peak at the last step.
+    linear down towards `min_lr_fraction` of the peak, which step `total_steps` would have: the last
+    step of a run still moves.
     """
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
-    decaying = max(total_steps - 1 - optim.warmup_steps, 1)
+    decaying = max(total_steps - optim.warmup_steps, 1)
     done = min((step - optim.warmup_steps) / decaying, 1.0)
     floor = optim.min_lr_fraction
     match optim.schedule:

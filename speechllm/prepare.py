@@ -65,7 +65,7 @@ def prepare_model(config: Config, device: torch.device) -> SpeechLLM:
 def open_split(
     config: Config, patterns: Sequence[str], text: TextSide, *, key: str, budget: int
 ) -> Split:
-    """Raises ConfigError where `patterns` is empty, DataError where nothing is left, naming `key`."""
+    """Raises ConfigError without `patterns`, DataError where nothing is left; both name `key`."""
     if not patterns:
         raise ConfigError(f"{key} is not set; give a directory or glob of shards: {key}=DIR")
     corpus = open_corpus(patterns)

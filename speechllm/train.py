@@ -163,7 +163,7 @@ def _log(
         "utterances": totals.utterances,
         "audio_seconds": round(totals.audio_seconds, 3),
         "padding_fraction": totals.padding_fraction,
-        "bad_utterances": run.progress.bad_in_epoch,
+        "bad_utterances": totals.bad,
         **clock.read(),
     }
     run.metrics.training(values)

@@ -13,6 +13,7 @@ from speechllm.config.schema import Config
 from speechllm.data.audio import load_audio
 from speechllm.data.collate import collate
 from speechllm.decode import load_trained
+from speechllm.errors import AudioError
 from speechllm.generate import generate
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prepare import TextSide
@@ -36,12 +37,19 @@ def transcribe(
     run: Path, files: Sequence[str], overrides: Sequence[str], device: torch.device
 ) -> list[Transcript]:
     """Raises AudioError naming the file before anything is decoded, CheckpointError without one."""
-    audio = {file: load_audio(file) for file in files}
+    audio = {file: _load(file) for file in files}
     config, model, text, _ = load_trained(run, overrides, prefer="best", device=device)
     return [
         Transcript(file, _decode(samples, model, text, config, device), len(samples) / SAMPLE_RATE)
         for file, samples in audio.items()
     ]
+
+
+def _load(file: str) -> np.ndarray:
+    try:
+        return load_audio(file)
+    except AudioError as error:
+        raise AudioError(f"{file}: {error}") from error
 
 
 def _decode(

@@ -80,6 +80,7 @@ def _score(run: Path, test_shards: Path) -> dict[str, float]:
     predictions = read_lines(run / "predictions" / "test.jsonl")
     references = [line["ref"] for line in predictions]
     config = load_config(str(run / "config.yaml"))
+    assert config.model.encoder.kind == "whisper"
     heard = transcribe_shards(config.model.encoder.id, test_shards)
     alone = [heard[line["id"]] for line in predictions]
     return {

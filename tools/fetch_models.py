@@ -23,7 +23,7 @@ from pathlib import Path
 
 from speechllm.errors import ModelError, UserError
 
-FORMAT = 1  # raise it when the conversion changes: cached directories of older ones are rebuilt
+FORMAT = 2  # raise it when the conversion changes: cached directories of older ones are rebuilt
 MARKER = "verified.json"
 PROBE_SECONDS = 5.0
 HUB_FILES = [
@@ -239,6 +239,7 @@ def write_marker(recipe: Recipe, directory: Path, origin: dict[str, str], found:
     marker = {
         "format": FORMAT,
         "name": recipe.name,
+        "hub_id": recipe.hub_id,
         **origin,
         "test": found,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")},

@@ -26,7 +26,8 @@ def resolve(id: str, revision: str | None = None, *, download: bool = True) -> P
     """The local directory of a model.
 
     Args:
-        id: a directory, a hub id, or `random:whisper`, `random:llama`, `random:olmo2`,
+        id: a directory, a hub id (looked for among the models that tools/fetch_models.py made
+            before the hub's own cache), or `random:whisper`, `random:llama`, `random:olmo2`,
             `random:qwen2` (tiny random weights, built on first use).
         revision: branch, tag or commit; hub ids only.
         download: False looks in the hub's local cache only.
@@ -46,6 +47,9 @@ def resolve(id: str, revision: str | None = None, *, download: bool = True) -> P
         return directory
     if id.startswith(("/", "./", "../", "~")):
         raise ModelError(f"{id}: no such directory. Correct the path, or give a hub id.")
+    fetched = fetched_models() / id.rpartition("/")[2].lower()
+    if revision is None and _fetched_as(fetched) == id:
+        return fetched
     try:
         path = snapshot_download(
             id,
@@ -64,6 +68,19 @@ def resolve(id: str, revision: str | None = None, *, download: bool = True) -> P
             "HF_HUB_OFFLINE to download it from here, or give a local directory as id."
         ) from error
     return Path(path)
+
+
+def fetched_models() -> Path:
+    """Where tools/fetch_models.py keeps models: $SPEECHLLM_CACHE, or in the user's cache."""
+    return Path(os.environ.get("SPEECHLLM_CACHE") or "~/.cache/speechllm/models").expanduser()
+
+
+def _fetched_as(directory: Path) -> str | None:
+    marker = directory / "verified.json"
+    if not marker.is_file():
+        return None
+    hub_id: str | None = json.loads(marker.read_text(encoding="utf-8")).get("hub_id")
+    return hub_id
 
 
 def weight_files(directory: Path) -> list[Path]:
