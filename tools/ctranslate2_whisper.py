@@ -13,6 +13,7 @@ Shape legend: V vocabulary, D width, P positions.
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,9 +48,7 @@ def read_model(path: Path) -> CTranslate2Model:
     def take(count: int) -> memoryview:
         nonlocal offset
         if offset + count > len(data):
-            raise UserError(
-                f"{path} ends at byte {len(data)} in the middle of a record: fetch it anew"
-            )
+            raise UserError(f"{path} ends within a record, at byte {len(data)}: fetch it anew")
         piece = data[offset : offset + count]
         offset += count
         return piece
@@ -83,8 +82,8 @@ def read_model(path: Path) -> CTranslate2Model:
     return CTranslate2Model(specification, revision, variables)
 
 
-def whisper_config(model: CTranslate2Model) -> WhisperConfig:
-    """The shape of the model as its variables show it; token ids are the caller's to set.
+def whisper_config(model: CTranslate2Model, **token_ids: Any) -> WhisperConfig:
+    """The shape of the model as its variables show it; they do not tell the ids of special tokens.
 
     Raises:
         UserError: the file is no Whisper, or one with another activation or post-norm.
@@ -108,6 +107,7 @@ def whisper_config(model: CTranslate2Model) -> WhisperConfig:
         max_source_positions=len(variables["encoder/position_encodings/encodings"]),
         max_target_positions=len(variables["decoder/position_encodings/encodings"]),
         activation_function="gelu",
+        **token_ids,
     )
 
 

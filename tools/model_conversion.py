@@ -49,8 +49,7 @@ def convert_whisper(wheel: Path, work: Path, directory: Path) -> None:
         "pad_token_id": ids["<|endoftext|>"],
         "decoder_start_token_id": ids["<|startoftranscript|>"],
     }
-    config = whisper_config(model)
-    config.update(generation)
+    config = whisper_config(model, **generation)
     with torch.device("meta"):
         whisper = WhisperForConditionalGeneration(config)
     whisper.load_state_dict(whisper_state(model), strict=True, assign=True)
