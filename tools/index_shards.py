@@ -18,7 +18,7 @@ from speechllm.data.files import list_tars
 from speechllm.data.index import index_path, open_index
 from speechllm.data.pool import available_cores, map_unordered
 from speechllm.data.scan import IndexReport, build_index
-from speechllm.types import DataError, UserError
+from speechllm.errors import DataError, UserError
 
 _NAMED = 3
 

@@ -25,7 +25,8 @@ from speechllm.data.pool import available_cores, map_unordered
 from speechllm.data.scan import scan_tar
 from speechllm.data.shards import safe_key
 from speechllm.data.store import Store
-from speechllm.types import SAMPLE_RATE, DataError, UserError
+from speechllm.errors import DataError, UserError
+from speechllm.types import SAMPLE_RATE
 
 _EDGES = (0.0, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0)
 _BAR = 30
@@ -73,17 +74,7 @@ def summarise(corpus: Corpus, samples: int) -> dict[str, Any]:
     sizes = [file_size(tar) or 0 for tar in corpus.shards]
     counts, _ = np.histogram(corpus.durations, [*_EDGES, np.inf])
     store = Store(corpus)
-    shown = []
-    for i in range(min(samples, len(corpus))):
-        utterance = store.read(i)
-        shown.append(
-            {
-                "key": utterance.key,
-                "seconds": round(utterance.duration, 3),
-                "text": utterance.text,
-                **({"fields": utterance.fields} if utterance.fields else {}),
-            }
-        )
+    shown = [_sample(store, i) for i in range(min(samples, len(corpus)))]
     return {
         "shards": len(corpus.shards),
         "bytes": sum(sizes),
@@ -100,6 +91,19 @@ def summarise(corpus: Corpus, samples: int) -> dict[str, Any]:
         "fingerprint": corpus.fingerprint,
         "samples": shown,
     }
+
+
+def _sample(store: Store, i: int) -> dict[str, Any]:
+    try:
+        utterance = store.read(i)
+    except DataError as error:
+        return {"key": store.corpus.key(i), "error": str(error)}
+    shown = {
+        "key": utterance.key,
+        "seconds": round(utterance.duration, 3),
+        "text": utterance.text,
+    }
+    return {**shown, "fields": utterance.fields} if utterance.fields else shown
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -146,7 +150,10 @@ def print_summary(summary: dict[str, Any]) -> None:
             table.add_row(name, "█" * max(1, round(_BAR * count / highest)) + f" {count:,}")
     show(table)
     for sample in summary["samples"]:
-        print(f"{sample['key']} ({sample['seconds']} s): {sample['text']}")
+        if "error" in sample:
+            print(f"error: {sample['error']}", file=sys.stderr)
+        else:
+            print(f"{sample['key']} ({sample['seconds']} s): {sample['text']}")
     if "problems" in summary:
         problems = summary["problems"]
         for problem in problems[:_NAMED]:

@@ -25,7 +25,7 @@ from speechllm.data.packing import PackReport, PackSettings, pack, survey_manife
 from speechllm.data.pool import available_cores
 from speechllm.data.prepare import AudioSettings, Dropped
 from speechllm.data.shards import parse_size
-from speechllm.types import UserError
+from speechllm.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> int:

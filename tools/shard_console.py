@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from speechllm.types import UserError
+from speechllm.errors import UserError
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:

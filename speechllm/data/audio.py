@@ -17,7 +17,8 @@ import soundfile
 import soxr
 
 from speechllm.data.files import local_path, read_bytes
-from speechllm.types import SAMPLE_RATE, AudioError
+from speechllm.errors import AudioError
+from speechllm.types import SAMPLE_RATE
 
 KEPT_EXTENSIONS = frozenset({"flac", "opus", "ogg", "mp3"})
 UNSUPPORTED_EXTENSIONS = frozenset({"m4a", "mp4", "aac", "wma", "amr", "webm", "mka"})

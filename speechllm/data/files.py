@@ -11,7 +11,7 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 

@@ -27,7 +27,7 @@ from speechllm.data.files import (
     write_atomically,
 )
 from speechllm.data.members import Row
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 VERSION = "1"
 SCHEMA = pa.schema(

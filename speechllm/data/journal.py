@@ -14,7 +14,7 @@ from typing import Any
 
 from speechllm.data.files import write_atomically
 from speechllm.data.prepare import Dropped
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 NAME = "shards.jsonl"
 

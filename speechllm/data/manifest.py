@@ -14,7 +14,7 @@ import numpy as np
 import fsspec
 
 from speechllm.data.files import local_path
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 _OWN_FIELDS = frozenset({"id", "audio", "text", "start", "end", "channel"})
 _REMEDY = 'a line reads {"id": "...", "audio": "path", "text": "..."}'

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 TEXT_EXTENSIONS = ("txt", "text")
 METADATA_EXTENSIONS = ("json", *TEXT_EXTENSIONS)

@@ -42,7 +42,7 @@ from speechllm.data.prepare import (
     survey,
 )
 from speechllm.data.shards import Sample, write_shard
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 _SURVEY_CHUNK = 512
 

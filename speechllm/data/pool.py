@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from speechllm.types import UserError
+from speechllm.errors import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

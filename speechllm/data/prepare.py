@@ -22,7 +22,8 @@ from speechllm.data.audio import (
 from speechllm.data.files import file_size
 from speechllm.data.manifest import Entry, parse_line, source_path
 from speechllm.data.shards import Sample, encode_metadata, member_bytes, safe_key
-from speechllm.types import SAMPLE_RATE, DataError
+from speechllm.errors import DataError
+from speechllm.types import SAMPLE_RATE
 
 # FLAC of speech at 16 kHz and 16 bits takes 0.45-0.6 of the bytes of the samples.
 _FLAC_BYTES_PER_SECOND = 0.55 * 2 * SAMPLE_RATE

@@ -21,7 +21,7 @@ from speechllm.data.members import (
     pair,
     parse_metadata,
 )
-from speechllm.types import AudioError, DataError
+from speechllm.errors import AudioError, DataError
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _BLOCK = tarfile.BLOCKSIZE

@@ -64,10 +64,13 @@ def write_shard(tar: str, samples: Iterable[Sample]) -> int:
     """
     aside = f"{tar}.tmp-{os.getpid()}"
     rows: list[Row] = []
+    keys: set[str] = set()
     try:
         with open(aside, "w+b") as file:
             with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
                 for sample in samples:
+                    assert sample.key not in keys, f"{tar}: {sample.key} is there already"
+                    keys.add(sample.key)
                     rows.append(_add_sample(archive, sample))
             file.flush()
             os.fsync(file.fileno())
@@ -79,7 +82,6 @@ def write_shard(tar: str, samples: Iterable[Sample]) -> int:
     finally:
         if os.path.exists(aside):
             os.remove(aside)
-    assert len({row.key for row in rows}) == len(rows), f"{tar}: keys are not distinct"
     return size
 
 

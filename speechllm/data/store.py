@@ -10,7 +10,8 @@ from speechllm.data.audio import decode_audio
 from speechllm.data.files import filesystem, local_path
 from speechllm.data.index import Corpus, Location
 from speechllm.data.members import parse_metadata
-from speechllm.types import AudioError, DataError, Utterance
+from speechllm.errors import AudioError, DataError
+from speechllm.types import Utterance
 
 _OPEN_FILES = 128
 # Audio and metadata of a key usually stand side by side: one read, and one round trip, for both.

@@ -10,7 +10,7 @@ import soundfile
 from speech_files import tone
 
 from speechllm.data.audio import decode_audio, encode_flac, load_audio, probe, probe_file
-from speechllm.types import AudioError
+from speechllm.errors import AudioError
 
 
 def encode(samples: np.ndarray, rate: int, kind: str, subtype: str | None = None) -> bytes:

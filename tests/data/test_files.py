@@ -6,7 +6,7 @@ import fsspec
 import pytest
 
 from speechllm.data.files import expand_braces, list_tars, local_path, write_atomically
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 
 def test_local_paths_and_urls() -> None:

@@ -14,7 +14,7 @@ from speech_files import make_sample, write_shards
 
 from speechllm.data.index import SCHEMA, index_path, open_corpus, open_index
 from speechllm.data.shards import write_shard
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from speechllm.data.members import AudioMember, MetadataMember, clean_name, pair, parse_metadata
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 
 def rows_of(*names: str) -> tuple[list[tuple[str, str, str]], dict[str, list[str]]]:

@@ -22,7 +22,7 @@ from speechllm.data.index import index_path, open_corpus
 from speechllm.data.scan import build_index
 from speechllm.data.shards import write_shard
 from speechllm.data.store import Store
-from speechllm.types import DataError
+from speechllm.errors import DataError
 
 
 def write_tar(path: Path, members: dict[str, bytes], form: int = tarfile.GNU_FORMAT) -> str:

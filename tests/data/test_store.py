@@ -17,7 +17,7 @@ from speechllm.data.audio import encode_flac
 from speechllm.data.index import Corpus, open_corpus
 from speechllm.data.shards import Sample, write_shard
 from speechllm.data.store import Store
-from speechllm.types import AudioError, DataError
+from speechllm.errors import AudioError, DataError
 
 
 def shard(path: Path, samples: list[Sample]) -> Corpus:
