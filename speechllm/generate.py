@@ -1,0 +1,62 @@
+"""Token ids that the model says for a batch of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+
+from transformers import GenerationConfig, GenerationMixin
+
+from speechllm.model.speech_llm import SpeechLLM
+from speechllm.types import Batch
+
+
+@torch.no_grad()
+def generate(
+    model: SpeechLLM,
+    batch: Batch,
+    *,
+    max_new_tokens: int,
+    num_beams: int,
+    end_token_ids: Sequence[int],
+    pad_id: int,
+) -> list[list[int]]:
+    """Greedy (one beam) or beam search decoding, without dropout; nothing is sampled.
+
+    Args:
+        batch: prompts without targets, padded on the left.
+        max_new_tokens: the end token included.
+        end_token_ids: any of them ends a row.
+
+    Returns:
+        For each row the ids before its end token, or `max_new_tokens` of them without one.
+    """
+    assert bool(batch.attention_mask_BS[:, -1].all()), "prompts must be padded on the left"
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        eos_token_id=list(end_token_ids),
+        pad_token_id=pad_id,
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with model.autocast():
+            rows = cast(GenerationMixin, model.llm).generate(
+                inputs_embeds=model.inputs_embeds(batch),
+                attention_mask=batch.attention_mask_BS,
+                generation_config=settings,
+            )
+    finally:
+        model.train(was_training)
+    return [_until_end(row, end_token_ids) for row in rows.tolist()]
+
+
+def _until_end(row: list[int], end_token_ids: Sequence[int]) -> list[int]:
+    for place, token in enumerate(row):
+        if token in end_token_ids:
+            return row[:place]
+    return row
