@@ -162,6 +162,14 @@ def test_epochs_and_seeds_differ_and_the_same_arguments_repeat() -> None:
         assert len(together & again) < 0.1 * len(together)
 
 
+def test_within_one_shard_other_utterances_meet_in_each_epoch() -> None:
+    case = replace(corpus(3_000), shard_sizes=np.array([3_000]))
+    first, second = (
+        {tuple(sorted(m)) for step in steps_of(case.plan(epoch=e)) for m in step} for e in (0, 1)
+    )
+    assert len(first & second) < 0.1 * len(first)
+
+
 def test_steps_are_shuffled_by_cost() -> None:
     plan = corpus(3_000).plan()
     longest = [int(plan.step(k)[0][0]) for k in range(plan.num_steps - 1)]
