@@ -40,7 +40,7 @@ def cuts(tmp_path: Path, shards: Path, microbatches: list[list[int]]) -> tuple[f
 
 
 def test_the_cut_into_microbatches_changes_nothing(tmp_path: Path, shards: Path) -> None:
-    """Unequal microbatches too: the loss is a mean over the step's tokens, not over microbatches."""
+    """Unequal microbatches too: the loss is a mean over tokens, not over microbatches."""
     loss, norm, weights = cuts(tmp_path, shards, [[0, 1, 2, 3, 4, 5, 6, 7]])
     assert norm > 0.01, "the test wants clipping to be active"
     for cut in ([[0, 1, 2, 3], [4, 5, 6, 7]], [[5], [0, 7, 2], [1, 3, 4, 6]]):

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import TINY, run
+
+import speechllm.decode
+from speechllm.cli import main
+from speechllm.decode import generate_run
+from speechllm.world import World
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+DECODING = ["generation.max_new_tokens=4", "generation.microbatch_tokens=300"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    directory = tmp_path_factory.mktemp("decode") / "run"
+    code = main(
+        ["train", TINY, f"run_dir={directory}", f"data.train={shards}", "train.steps=2",
+         "data.num_workers=0", *DECODING]
+    )  # fmt: skip
+    assert code == 0
+    return directory
+
+
+def lines(run_dir: Path, split: str) -> list[dict[str, Any]]:
+    text = (run_dir / "predictions" / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_every_utterance_once_by_id(trained: Path, shards: Path) -> None:
+    assert main(["generate", str(trained), "--split", f"all={shards}"]) == 0
+    found = lines(trained, "all")
+    assert [line["id"] for line in found] == [f"utt-{i:05d}" for i in range(48)]
+    assert {"id", "ref", "hyp", "duration"} == found[0].keys()
+    assert all(0.25 < line["duration"] < 2.05 and line["ref"] for line in found)
+    whole = json.loads((trained / "test_predictions.json").read_text(encoding="utf-8"))
+    assert whole["all"]["ids"] == [line["id"] for line in found]
+    assert whole["all"]["labels"] == [line["ref"] for line in found]
+    assert whole["all"]["predictions"] == [line["hyp"] for line in found]
+    assert not list((trained / "predictions").glob(".all.part*"))
+
+
+def test_the_size_of_batches_changes_nothing(trained: Path, shards: Path) -> None:
+    generate_run(trained, {"one": str(shards)}, ["generation.microbatch_tokens=120"], ALONE)
+    generate_run(trained, {"many": str(shards)}, ["generation.microbatch_tokens=2000"], ALONE)
+    assert lines(trained, "one") == lines(trained, "many")
+
+
+def test_decoding_goes_on_where_it_was_cut_short(
+    trained: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_run(trained, {"whole": str(shards)}, [], ALONE)
+    real, calls = speechllm.decode.generate, 0
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(speechllm.decode, "generate", failing)
+    with pytest.raises(KeyboardInterrupt):
+        generate_run(trained, {"cut": str(shards)}, [], ALONE)
+    total = calls
+    part = trained / "predictions" / ".cut.part0.jsonl"
+    with part.open("a", encoding="utf-8") as file:
+        file.write('{"number": 0, "id": "half a li')  # as a kill in a write leaves it
+    generate_run(trained, {"cut": str(shards)}, [], ALONE)
+    assert lines(trained, "cut") == lines(trained, "whole")
+    done_before = total - 1
+    calls = 0
+    monkeypatch.setattr(speechllm.decode, "generate", real)
+    generate_run(trained, {"cut": str(shards)}, [], ALONE)  # finished: nothing is decoded
+    assert done_before == 3
+
+
+def test_other_settings_decode_anew(trained: Path, shards: Path) -> None:
+    generate_run(trained, {"s": str(shards)}, ["generation.max_new_tokens=4"], ALONE)
+    four = lines(trained, "s")
+    generate_run(trained, {"s": str(shards)}, ["generation.max_new_tokens=1"], ALONE)
+    assert lines(trained, "s") != four
+
+
+@pytest.mark.distributed
+def test_two_ranks_share_the_work_and_say_the_same(trained: Path, shards: Path) -> None:
+    generate_run(trained, {"alone": str(shards)}, [], ALONE)
+    code, output = run(["generate", str(trained), "--split", f"both={shards}"], processes=2)
+    assert code == 0, output
+    assert lines(trained, "both") == lines(trained, "alone")
