@@ -17,7 +17,7 @@ import soundfile
 import soxr
 
 from speechllm.data.files import local_path, read_bytes
-from speechllm.errors import AudioError
+from speechllm.errors import AudioError, DataError
 from speechllm.types import SAMPLE_RATE
 
 KEPT_EXTENSIONS = frozenset({"flac", "opus", "ogg", "mp3"})
@@ -118,7 +118,7 @@ def read_source(path: str) -> bytes:
         return read_bytes(path)
     except FileNotFoundError as error:
         raise AudioError(f"missing: {path}") from error
-    except OSError as error:
+    except (OSError, DataError) as error:
         raise AudioError(f"unreadable: {path} ({error})") from error
 
 

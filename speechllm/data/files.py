@@ -6,9 +6,10 @@ import glob
 import itertools
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import fsspec
 from fsspec.core import url_to_fs
 
 from speechllm.errors import DataError
@@ -37,12 +38,23 @@ def filesystem(url: str) -> tuple[Any, str]:
 def open_binary(url: str) -> Any:
     """A seekable file for reading bytes; `.gz` and the like are taken as they are."""
     path = local_path(url)
-    return open(path, "rb") if path is not None else fsspec.open(url, "rb").open()
+    if path is not None:
+        return open(path, "rb")
+    fs, inner = filesystem(url)
+    with _as_os_errors():
+        return fs.open(inner, "rb")
 
 
 def read_bytes(url: str) -> bytes:
-    with open_binary(url) as file:
+    with open_binary(url) as file, _as_os_errors():
         return file.read()
+
+
+def read_range(fs: Any, path: str, offset: int, size: int) -> bytes:
+    """Bytes of a file on an fsspec file system; other than `size` of them where it is shorter or
+    its server serves no ranges."""
+    with _as_os_errors():
+        return fs.cat_file(path, start=offset, end=offset + size)
 
 
 def file_size(url: str) -> int | None:
@@ -51,8 +63,20 @@ def file_size(url: str) -> int | None:
     if path is not None:
         return os.stat(path).st_size
     fs, inner = filesystem(url)
-    size = fs.info(inner).get("size")
+    with _as_os_errors():
+        size = fs.info(inner).get("size")
     return None if size is None else int(size)
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """Each fsspec back end lets exceptions of its own client library through."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def write_atomically(url: str, data: bytes) -> None:
@@ -65,7 +89,8 @@ def write_atomically(url: str, data: bytes) -> None:
     try:
         if path is None:
             fs, inner = filesystem(url)
-            fs.pipe_file(inner, data)
+            with _as_os_errors():
+                fs.pipe_file(inner, data)
             return
         aside = f"{path}.tmp-{os.getpid()}"
         with open(aside, "wb") as file:
@@ -73,8 +98,8 @@ def write_atomically(url: str, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, NotImplementedError) as error:
-        raise DataError(f"{url}: cannot be written ({error or type(error).__name__})") from error
+    except OSError as error:
+        raise DataError(f"{url}: cannot be written ({error})") from error
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -93,7 +118,7 @@ def expand_braces(pattern: str) -> list[str]:
 def list_tars(pattern: str) -> list[str]:
     """The tars that a directory, a glob, a `{000..123}` range or a single name stands for.
 
-    Local results are absolute paths. A plain name is returned whether or not it is there.
+    Local results are absolute paths. A plain `x.tar` is returned whether or not it is there.
     """
     found: list[str] = []
     for one in expand_braces(pattern):
@@ -102,7 +127,7 @@ def list_tars(pattern: str) -> list[str]:
             path = os.path.abspath(os.path.expanduser(path))
             if os.path.isdir(path):
                 found += glob.glob(os.path.join(glob.escape(path), "*.tar"))
-            elif os.path.exists(path) or not glob.has_magic(path):
+            elif os.path.exists(path) or (path.endswith(".tar") and not glob.has_magic(path)):
                 found.append(path)
             else:
                 found += glob.glob(path, recursive=True)

@@ -202,13 +202,16 @@ class Corpus:
 
     def key(self, i: int) -> str:
         """The key of utterance i. Keys are unique within a shard."""
-        rows, row = self._row(i)
-        return rows.column("key")[row].as_py()
+        shard = self.shard_of(i)
+        row = i - int(self._starts[shard])
+        return self._indexes[shard].rows.column(0)[row].as_py()
 
     def location(self, i: int) -> Location:
-        rows, row = self._row(i)
-        fields = (rows.column(name)[row].as_py() for name in Location._fields[1:])
-        return Location(self.shards[self.shard_of(i)], *fields)
+        shard = self.shard_of(i)
+        row, rows = i - int(self._starts[shard]), self._indexes[shard].rows
+        # Location's fields after the shard are the first columns of SCHEMA.
+        columns = range(len(Location._fields) - 1)
+        return Location(self.shards[shard], *(rows.column(j)[row].as_py() for j in columns))
 
     def shard_of(self, i: int) -> int:
         """The number of the shard that holds utterance i."""
@@ -238,10 +241,6 @@ class Corpus:
 
     def _column(self, name: str, dtype: Any) -> np.ndarray:
         return self.column(name).to_numpy().astype(dtype)
-
-    def _row(self, i: int) -> tuple[Any, int]:
-        shard = self.shard_of(i)
-        return self._indexes[shard].rows, i - int(self._starts[shard])
 
 
 def open_corpus(patterns: Sequence[str]) -> Corpus:

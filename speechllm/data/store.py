@@ -7,7 +7,7 @@ from collections import OrderedDict
 from typing import Any
 
 from speechllm.data.audio import decode_audio
-from speechllm.data.files import filesystem, local_path
+from speechllm.data.files import filesystem, local_path, read_range
 from speechllm.data.index import Corpus, Location
 from speechllm.data.members import parse_metadata
 from speechllm.errors import AudioError, DataError
@@ -80,13 +80,13 @@ class Store:
                 data = os.pread(self._file(path), size, offset)
             else:
                 fs, inner = self._filesystem(place.shard)
-                data = fs.cat_file(inner, start=offset, end=offset + size)
+                data = read_range(fs, inner, offset, size)
         except OSError as error:
             raise DataError(f"{place.key} in {place.shard}: cannot be read ({error})") from error
         if len(data) != size:
             raise DataError(
                 f"{place.key} in {place.shard}: {len(data)} of {size} bytes at {offset}; "
-                "the shard was truncated while in use"
+                "the shard was truncated while in use, or its server serves no byte ranges"
             )
         return data
 

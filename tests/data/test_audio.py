@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+import fsspec
 import pytest
 import soundfile
 from speech_files import tone
@@ -176,11 +177,11 @@ def test_missing_and_unreadable_files_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_audio_behind_a_url() -> None:
-    import fsspec
-
     samples = tone(0.3)
     with fsspec.open("memory://audio/a.flac", "wb") as file:
         file.write(encode_flac(samples))
     np.testing.assert_array_equal(load_audio("memory://audio/a.flac"), samples)
     with pytest.raises(AudioError, match=r"^missing: "):
         load_audio("memory://audio/b.flac")
+    with pytest.raises(AudioError, match=r"^unreadable: nosuch://"):
+        load_audio("nosuch://audio/b.flac")

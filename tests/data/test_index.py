@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from speech_files import make_sample, write_shards
 
-from speechllm.data.index import SCHEMA, index_path, open_corpus, open_index
+from speechllm.data.index import SCHEMA, Location, index_path, open_corpus, open_index
 from speechllm.data.shards import write_shard
 from speechllm.errors import DataError
 
@@ -41,6 +41,10 @@ def test_a_corpus_numbers_utterances_over_its_shards(directory: Path) -> None:
     for number in (-1, 7):
         with pytest.raises(IndexError):
             corpus.key(number)
+
+
+def test_a_location_is_the_head_of_the_schema() -> None:
+    assert tuple(SCHEMA.names[: len(Location._fields) - 1]) == Location._fields[1:]
 
 
 def test_the_order_of_patterns_does_not_matter(directory: Path) -> None:

@@ -103,6 +103,23 @@ def test_a_shard_that_shrinks_or_goes_away_is_named(tmp_path: Path) -> None:
         Store(corpus).read(0)
 
 
+def test_a_server_that_fails_is_a_users_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shards(tmp_path, 1, seconds=(0.1, 0.2))
+    for path in tmp_path.iterdir():
+        with fsspec.open(f"memory://failing/{path.name}", "wb") as file:
+            file.write(path.read_bytes())
+    store = Store(open_corpus(["memory://failing"]))
+
+    def fail(*_: object, **__: object) -> bytes:
+        raise RuntimeError("503 Service Unavailable")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
+    with pytest.raises(DataError, match=r"train-000000\.tar: cannot be read .*503 Service"):
+        store.read(0)
+
+
 def _keys(store: Store, queue: multiprocessing.SimpleQueue[str]) -> None:
     queue.put(json.dumps([store.read(i).key for i in range(4)]))
 

@@ -61,5 +61,6 @@ def test_a_bad_tar_keeps_no_other_from_its_index(
 def test_nothing_to_index_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no \*\.tar there"):
         main([str(tmp_path)])
+    (tmp_path / "a.tar.gz").write_bytes(b"x")
     with pytest.raises(UserError, match="unpack a compressed one"):
         main([str(tmp_path / "a.tar.gz")])
