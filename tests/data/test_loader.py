@@ -1,99 +1,31 @@
-import itertools
-import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import time
-from contextlib import closing
-from pathlib import Path
-from types import SimpleNamespace
-
 import numpy as np
 import torch
-
-from transformers import AutoTokenizer
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memory_corpus import (
+    COSTS,
+    MemoryStore,
+    audio_tokens,
+    build_prompter,
+    facts,
+    plan_of,
+    processes,
+    take,
+    train_loader,
+)
 
-from speechllm.config.schema import Prompt
-from speechllm.data.loader import TrainLoader, read_batches
+from speechllm.data.loader import read_batches
 from speechllm.data.plan import EpochPlan, PlanSettings, plan_epoch
 from speechllm.data.prompt import Prompter
-from speechllm.errors import AudioError, ConfigError, DataError
-from speechllm.model.tiny import build_tiny_llm
-from speechllm.types import IGNORE, Batch, Microbatch, StepData, Utterance
-
-SIZES = np.array([40, 0, 1, 70, 25])
-COSTS = 20 + np.arange(SIZES.sum()) * 37 % 60
+from speechllm.errors import ConfigError, DataError
+from speechllm.types import IGNORE, Microbatch, StepData, Utterance
 
 
-class MemoryStore:
-    """Utterance i: i + 160 samples of value i, except for those that cannot be read."""
-
-    def __init__(self, bad: dict[int, str] | None = None, silent: tuple[int, ...] = ()) -> None:
-        self.bad = bad or {}
-        self.silent = silent
-        self.corpus = SimpleNamespace(location=self._location)
-
-    def _location(self, i: int) -> SimpleNamespace:
-        return SimpleNamespace(key=f"u{i}", shard=f"shard{i % 3}.tar")
-
-    def read(self, i: int) -> Utterance:
-        if i in self.bad:
-            raise AudioError(f"u{i} in shard{i % 3}.tar: {self.bad[i]}")
-        text = "" if i in self.silent else f"text {i}"
-        return Utterance(f"u{i}", np.full(160 + i, i, dtype=np.int16), text)
-
-
-def audio_tokens(samples: int) -> int:
-    return -(-samples // 100)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def prompter(tmp_path_factory: pytest.TempPathFactory) -> Prompter:
-    directory = build_tiny_llm(tmp_path_factory.mktemp("llm") / "tiny", pad_is_eos=True)
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    return Prompter(tokenizer, Prompt(kind="plain", texts=("a{audio}", "b{audio}", "c{audio}")), 5)
-
-
-def plan_of(epoch: int, per_step: int = 5) -> EpochPlan:
-    wanted = PlanSettings(seed=1, microbatch_tokens=300, microbatches_per_step=per_step, window=50)
-    return plan_epoch(SIZES, COSTS, np.arange(SIZES.sum()), wanted, epoch)
-
-
-def train_loader(prompter: Prompter, store: MemoryStore | None = None, **changes) -> TrainLoader:
-    arguments = {"rank": 0, "world": 1, "num_workers": 0, "prefetch": 2, "plan_of": plan_of}
-    arguments |= changes
-    return TrainLoader(
-        store or MemoryStore(),
-        prompter,
-        audio_tokens,
-        arguments.pop("pad_id", prompter.end_token_id),
-        arguments.pop("plan_of"),
-        **arguments,
-    )
-
-
-def take(loader: TrainLoader, count: int, epoch: int = 0, step: int = 0) -> list[StepData]:
-    with closing(loader.steps(epoch, step)) as steps:
-        return list(itertools.islice(steps, count))
-
-
-def processes() -> set[int]:
-    return {child.pid for child in multiprocessing.active_children()}
-
-
-def content(batch: Batch) -> list[object]:
-    return [batch.keys, *(t.tolist() for t in vars(batch).values() if isinstance(t, torch.Tensor))]
-
-
-def facts(data: StepData) -> list[object]:
-    """All that a step holds, comparable."""
-    parts = [(m.index, m.weight, m.utterances, m.audio_seconds, m.bad) for m in data.microbatches]
-    return [data.epoch, data.step, parts, [content(m.batch) for m in data.microbatches]]
+    return build_prompter(tmp_path_factory.mktemp("llm") / "tiny")
 
 
 def keys(data: StepData) -> list[list[str]]:
@@ -342,113 +274,3 @@ def test_the_models_random_state_is_left_alone(prompter: Prompter) -> None:
     before = torch.get_rng_state()
     take(train_loader(prompter, num_workers=1), 2)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_workers_use_one_thread_and_no_thread_pool(prompter: Prompter) -> None:
-    class Asking(MemoryStore):
-        def read(self, i: int) -> Utterance:
-            seen = f"{torch.get_num_threads()} {os.environ['TOKENIZERS_PARALLELISM']}"
-            return Utterance(f"u{i}", np.ones(200, dtype=np.int16), seen)
-
-    microbatches = read(prompter, Asking(), num_workers=1)
-    assert {r.text for m in microbatches for r in m.references} == {"1 false"}
-
-
-def test_stop_signals_reach_the_parent_and_spare_the_workers(prompter: Prompter) -> None:
-    received = []
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-    former = {n: signal.signal(n, lambda n, frame: received.append(n)) for n in numbers}
-    try:
-        before = processes()
-        with closing(train_loader(prompter, num_workers=2).steps(0, 0)) as steps:
-            first = next(steps)
-            workers = processes() - before
-            assert len(workers) == 2
-            for number in numbers:
-                signal_from_elsewhere(number, [*workers, os.getpid()])
-            rest = list(itertools.islice(steps, 10))
-            assert processes() - before == workers
-        assert set(received) == set(numbers)
-    finally:
-        for n, handler in former.items():
-            signal.signal(n, handler)
-    whole = take(train_loader(prompter), 11)
-    assert [facts(data) for data in [first, *rest]] == [facts(data) for data in whole]
-    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
-
-
-def signal_from_elsewhere(number: int, pids: list[int]) -> None:
-    """As a batch system does it: the sender is not the workers' parent."""
-    subprocess.run(["kill", f"-{int(number)}", *map(str, pids)], check=True)
-
-
-SCRIPT = """
-import multiprocessing, os, sys
-import torch
-import numpy as np
-from transformers import AutoTokenizer
-from speechllm.config.schema import Prompt
-from speechllm.data.loader import TrainLoader
-from speechllm.data.plan import PlanSettings, plan_epoch
-from speechllm.data.prompt import Prompter
-from speechllm.model.tiny import build_tiny_llm
-from speechllm.types import Utterance
-
-class Store:
-    corpus = None
-    def read(self, i):
-        return Utterance(str(i), np.full(160_000, 3, dtype=np.int16), "some words")
-
-torch.distributed.init_process_group(
-    "gloo", init_method="file://" + sys.argv[2], rank=0, world_size=1
-)
-torch.distributed.all_reduce(torch.ones(1000))
-torch.randn(800, 800) @ torch.randn(800, 800)
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-tokenizer(["in the parent's", "thread pool"] * 50)
-prompter = Prompter(tokenizer, Prompt(), 0)
-costs = np.full(400, 20)
-settings = PlanSettings(0, 200, 4, 100)
-loader = TrainLoader(
-    Store(), prompter, lambda n: n // 10_000, 0,
-    lambda epoch: plan_epoch(np.array([400]), costs, np.arange(400), settings, epoch),
-    rank=0, world=1, num_workers=2, prefetch=2,
-)
-closed = loader.steps(0, 0)
-next(closed)
-closed.close()
-assert not multiprocessing.active_children()
-steps = loader.steps(0, 0)
-kept = [next(steps) for _ in range(3)]
-print(*[p.pid for p in multiprocessing.active_children()], flush=True)
-"""
-
-
-@pytest.mark.parametrize(
-    ("ending", "code"),
-    [("sys.exit(99)", 99), ("os.kill(os.getpid(), 9)", -9)],
-    ids=["exit", "kill"],
-)
-def test_in_the_middle_of_the_epoch_no_worker_is_left_and_nothing_is_said(
-    tmp_path: Path, ending: str, code: int
-) -> None:
-    """Beside the threads of gloo, of OpenMP and of the tokenizer."""
-    script = SCRIPT + ending
-    directory = build_tiny_llm(tmp_path / "llm")
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(directory), str(tmp_path / "store")],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={k: v for k, v in os.environ.items() if k != "TOKENIZERS_PARALLELISM"},
-    )
-    assert done.returncode == code, done.stderr
-    told = [line for line in done.stderr.splitlines() if "accelerator" not in line]
-    assert told == []
-    workers = [int(pid) for pid in done.stdout.split()]
-    assert len(workers) == 2
-    for _ in range(150):
-        if not any(os.path.exists(f"/proc/{pid}") for pid in workers):
-            return
-        time.sleep(0.1)
-    pytest.fail(f"workers {workers} outlive their parent")
