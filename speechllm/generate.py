@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import torch
 
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig
 
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.types import Batch
@@ -41,11 +41,12 @@ def generate(
         eos_token_id=list(end_token_ids),
         pad_token_id=pad_id,
     )
+    llm: Any = model.llm  # `generate` comes with every causal LLM, but not with its base class
     was_training = model.training
     model.eval()
     try:
         with model.autocast():
-            rows = cast(GenerationMixin, model.llm).generate(
+            rows = llm.generate(
                 inputs_embeds=model.inputs_embeds(batch),
                 attention_mask=batch.attention_mask_BS,
                 generation_config=settings,

@@ -23,12 +23,12 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from speechllm.config import schema
+from speechllm.errors import ModelError
 from speechllm.model.connector import build_connector, out_length
 from speechllm.model.encoder import CHUNK_FRAMES, FilterbankFrames, WhisperFrames
 from speechllm.model.frontend import num_frames
 from speechllm.model.hub import hash_text, hash_vocabulary, hash_weights, resolve, weight_files
 from speechllm.model.speech_llm import SpeechLLM
-from speechllm.types import ModelError
 
 __all__ = [
     "AudioTokens",
@@ -158,7 +158,7 @@ def _load_whisper_encoder(
     cfg: schema.WhisperEncoder, dtype: torch.dtype, device: torch.device
 ) -> WhisperEncoder:
     directory = resolve(cfg.id, cfg.revision)
-    config = _load("configuration", directory, lambda: AutoConfig.from_pretrained(directory))
+    config = _load_config(directory)
     if config.model_type != "whisper":
         raise ModelError(
             f"{cfg.id} is a {config.model_type} model, not a Whisper; change model.encoder.id, "
@@ -187,6 +187,12 @@ def _load_llm(cfg: schema.LLM, dtype: torch.dtype, device: torch.device) -> PreT
         # In bf16 on CPU, sdpa's backward takes a third of the training step at these lengths.
         attention = "eager" if device.type == "cpu" else "sdpa"
     directory = resolve(cfg.id, cfg.revision)
+    config = _load_config(directory)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{cfg.id} is a {config.model_type} model with an encoder of its own; model.llm.id "
+            "takes a causal (decoder-only) language model."
+        )
     llm = _load_weights(
         AutoModelForCausalLM, directory, device, dtype=dtype, attn_implementation=attention
     )
@@ -216,6 +222,10 @@ def _load_weights(cls: Any, directory: Path, device: torch.device, **options: An
             f"{', '.join(lacking[:3])}, ... The files hold another architecture or other names."
         )
     return model.requires_grad_(False).eval()
+
+
+def _load_config(directory: Path) -> Any:
+    return _load("configuration", directory, lambda: AutoConfig.from_pretrained(directory))
 
 
 def _load(what: str, directory: Path, load: Callable[[], Any]) -> Any:

@@ -61,6 +61,8 @@ class SpeechLLM(nn.Module):
         """Embeddings [B, S, W] of text, with the audio tokens put where `audio_mask_BS` is."""
         with self.autocast():
             embeds_BSW = self.llm.get_input_embeddings()(batch.tokens_BS)
+            if len(batch.audio_AN) == 0:
+                return embeds_BSW
             tokens_AKW, counts_A = self.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
             positions_K = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device)
             audio = tokens_AKW[positions_K < counts_A[:, None]]
