@@ -6,16 +6,16 @@ N samples at 16 kHz.
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from speechllm.errors import (
-    AudioError as AudioError,
-)
+if TYPE_CHECKING:  # so that tools which only move audio start without torch
+    import torch
+    from torch import Tensor
+
 from speechllm.errors import (
     CheckpointError as CheckpointError,
 )
@@ -34,6 +34,8 @@ from speechllm.errors import (
 
 SAMPLE_RATE = 16_000
 IGNORE = -100
+# Each asks a run to finish its step, save and leave.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+
+import pytest
 from runs import TINY, run
 
 import speechllm.decode

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from speechllm.stop import STOP_SIGNALS, StopSignals
+from speechllm.stop import StopSignals
+from speechllm.types import STOP_SIGNALS
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
+
+import pytest
 
 from speechllm.errors import ConfigError
 from speechllm.world import World, connected, read_environment

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +25,7 @@ from speechllm.data.store import Store
 from speechllm.errors import DataError
 from speechllm.types import (
     SAMPLE_RATE,
+    STOP_SIGNALS,
     BadUtterance,
     Example,
     Microbatch,
@@ -33,7 +34,6 @@ from speechllm.types import (
     Utterance,
 )
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 SILENCE = Utterance("", np.zeros(SAMPLE_RATE // 10, dtype=np.int16), "")
 
 AudioTokens = Callable[[int], int]
@@ -73,7 +73,7 @@ class TrainLoader:
         self._num_workers = num_workers
         self._prefetch = prefetch
 
-    def steps(self, epoch: int, step: int) -> Iterator[StepData]:
+    def steps(self, epoch: int, step: int) -> Generator[StepData, None, None]:
         """Steps from this cursor on, epoch after epoch without end.
 
         Nothing earlier is read or planned, so the step after a restart comes as fast as the first

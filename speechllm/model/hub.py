@@ -9,8 +9,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from speechllm.errors import ModelError
 from speechllm.model.tiny import build_tiny_llm, build_tiny_whisper
-from speechllm.types import ModelError
 
 RANDOM = ("random:whisper", "random:llama", "random:olmo2", "random:qwen2")
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

@@ -29,7 +29,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from speechllm.types import UserError
+from speechllm.errors import UserError
 
 SEED = 20240229
 TURN_START, TURN_END, PAD, UNKNOWN = "<|im_start|>", "<|im_end|>", "<|pad|>", "<|endoftext|>"

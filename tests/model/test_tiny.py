@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from transformers import (
@@ -12,8 +11,10 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+import pytest
+
+from speechllm.errors import UserError
 from speechllm.model.tiny import TURN_END, build_tiny_llm, build_tiny_whisper
-from speechllm.types import UserError
 
 
 @pytest.mark.parametrize("mels", [80, 128])
