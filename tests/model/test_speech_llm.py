@@ -159,6 +159,20 @@ def test_position_ids_start_at_the_first_real_position() -> None:
     assert position_ids(mask).tolist() == [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2]]
 
 
+@torch.no_grad()
+def test_the_llm_is_told_the_positions() -> None:
+    """Rotary positions are relative, so these LLMs would not tell; those with absolute ones do."""
+    cfg = model_config()
+    model = tiny_speech_llm(cfg)
+    batch = batch_of(cfg, EXAMPLES, pad_left=True)
+    seen = []
+    model.llm.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    model(batch)
+    assert seen[0].equal(position_ids(batch.attention_mask_BS))
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("encoder", [None, {"kind": "fbank", "mels": 20, "hidden_size": 16}])
 def test_what_trains_is_fp32_and_the_rest_is_left_alone(precision, encoder) -> None:  # type: ignore[no-untyped-def]
