@@ -13,7 +13,7 @@ import numpy as np
 
 import soundfile
 from espeak import Espeak, Voice
-from speech_voices import Speech, speakers
+from speech_voices import ACCENTS, Speech, speakers
 
 from speechllm.errors import UserError
 
@@ -22,7 +22,7 @@ HERTZ = 100  # its male voices' mean pitch; 50 in our scale
 
 
 def program_speakers() -> tuple[str, ...]:
-    """Speakers of the programs `flite` and `espeak-ng` on the PATH; none where there are none.
+    """Speakers of the programs `flite` and `espeak-ng` on the PATH, if any, to draw from.
 
     Of espeak-ng only the training variants: the others must stay unheard.
     """
@@ -31,9 +31,10 @@ def program_speakers() -> tuple[str, ...]:
         # "Voices available: kal awb_time kal16 awb rms slt": kal has half the bandwidth, awb_time
         # knows the words of clock times only.
         listed = _run(["flite", "-lv"]).partition(":")[2].split()
-        found += [f"flite:{name}" for name in listed if name in ("kal16", "awb", "rms", "slt")]
+        names = [f"flite:{name}" for name in listed if name in ("kal16", "awb", "rms", "slt")]
+        found += names * len(ACCENTS.split())  # as often as a variant of espeak-ng
     if shutil.which("espeak-ng"):
-        found += [f"espeak-ng:{name}" for name in sorted(set(speakers("validation")))]
+        found += [f"espeak-ng:{name}" for name in speakers("validation")]
     return tuple(found)
 
 

@@ -247,8 +247,9 @@ def test_programs_speak_in_the_training_split_only(
     (tmp_path / "bin" / "flite").write_text(FLITE.format(wav=wav))
     (tmp_path / "bin" / "flite").chmod(0o755)
     found = speech_engines.program_speakers()
-    assert found[:2] == ("flite:kal16", "flite:awb")
-    items = plan(2000, 0, found[:2] * 50)
+    flite = tuple(name for name in found if name.startswith("flite"))
+    assert set(flite) == {"flite:kal16", "flite:awb"}
+    items = plan(2000, 0, flite)
     heard = {
         split: {item.speech.speaker for item in items if item.split == split} for split in SPLITS
     }
