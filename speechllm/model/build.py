@@ -24,6 +24,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from speechllm.config import schema
 from speechllm.errors import ModelError
+from speechllm.log import logger
 from speechllm.model.connector import build_connector, out_length
 from speechllm.model.encoder import CHUNK_FRAMES, FilterbankFrames, WhisperFrames
 from speechllm.model.frontend import num_frames
@@ -33,6 +34,7 @@ from speechllm.model.speech_llm import SpeechLLM
 __all__ = [
     "AudioTokens",
     "audio_token_counter",
+    "bf16_is_fast",
     "build_model",
     "identity",
     "load_tokenizer",
@@ -87,6 +89,11 @@ def build_model(
     Raises:
         ModelError: a model cannot be found or read, or does not hold the weights it should.
     """
+    if precision == "bf16" and not bf16_is_fast(device):
+        logger.warning(
+            "this CPU has no bf16 instructions: bf16 takes 10 to 40 times as long as fp32 here. "
+            "Set precision=fp32."
+        )
     frozen = torch.bfloat16
     if precision == "fp32" or model.frozen_dtype == "fp32":
         frozen = torch.float32
@@ -102,6 +109,18 @@ def build_model(
         ).to(device)
     compute = torch.bfloat16 if precision == "bf16" else torch.float32
     return SpeechLLM(encoder, connector, llm, compute_dtype=compute).train()
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 matrices in hardware.
+
+    Measured on an AVX2-only CPU, GFLOP/s a core: fp32 60 forward and 74 for the input's gradient,
+    bf16 9 and 2.
+    """
+    if device.type != "cpu":
+        return True
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def identity(model: schema.Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, str]]:

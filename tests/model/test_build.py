@@ -20,6 +20,7 @@ from speechllm.config import schema
 from speechllm.errors import ModelError
 from speechllm.model.build import (
     audio_token_counter,
+    bf16_is_fast,
     build_model,
     identity,
     load_tokenizer,
@@ -120,6 +121,20 @@ def test_attention_is_eager_on_cpu_unless_asked_otherwise() -> None:
     cfg = model_config()
     sdpa = cfg.model_copy(update={"llm": cfg.llm.model_copy(update={"attention": "sdpa"})})
     assert tiny_speech_llm(sdpa).llm.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("capability", [None, "avx512_bf16", "amx_bf16", "bf16"])
+def test_a_cpu_without_bf16_instructions_is_warned_of(
+    capability: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, capability: True})
+    assert bf16_is_fast(CPU) is (capability is not None)
+    assert bf16_is_fast(torch.device("cuda"))
+    with caplog.at_level("WARNING", logger="speechllm"):
+        tiny_speech_llm(model_config(), precision="fp32")
+        assert "bf16" not in caplog.text
+        tiny_speech_llm(model_config(), precision="bf16")
+    assert ("precision=fp32" in caplog.text) is (capability is None)
 
 
 def test_whisper_files_of_either_class_are_read(tmp_path: Path) -> None:
