@@ -3,7 +3,12 @@
 A voice of espeak-ng is a language and a variant. The variant is what makes a person (vocal tract,
 pitch, roughness); the language makes the accent. The variants of the test split are no other
 split's. Where a name comes in several versions (edward, edward2), all are on one side.
-Left out are whispers, robots and echoes.
+Left out are whispers, robots and echoes, and what whisper-tiny.en itself made little of in a first
+corpus (150 utterances, Whisper's English normaliser): the variants Lee, boris, Andrea and Michael
+(75, 80, 88 and 55 % WER) and the accents en-gb-scotland and en-gb-x-gbcwmd (65 and 67 %). Its WER
+there was 53 % with them and 36 % on the 67 utterances without, so a reference WER on this test
+split is one on voices that were chosen for being understood by that model. The training variants
+have not been looked at in this way.
 """
 
 import random
@@ -14,9 +19,9 @@ Split = Literal["train", "validation", "test"]
 
 # An accent that stands there twice is drawn twice as often.
 ACCENTS = """
-    en-us en-us en-us en en en-gb-x-rp en-us-nyc en-gb-scotland en-gb-x-gbclan en-gb-x-gbcwmd
+    en-us en-us en-us en en en-gb-x-rp en-us-nyc en-gb-x-gbclan
 """
-TEST_VARIANTS = "m3 m7 f2 f4 Andrea Michael Lee belinda edward linda quincy boris"
+TEST_VARIANTS = "m3 m7 f2 f4 belinda edward linda quincy"
 TRAIN_VARIANTS = """
     m1 m2 m4 m5 m6 m8 f1 f3 f5 Alex Alicia Andy Annie Denis Diogo Gene Gene2 Henrique Hugo Jacky
     Marco Mario Mike Nguyen Reed adam anika antonio aunty benjamin caleb david ed grandma grandpa

@@ -40,7 +40,8 @@ def test_llm_and_tokenizer_agree(tmp_path: Path, kind: str, pad_is_eos: bool) ->
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
     text = "Příliš  žluťoučký\n kůň, 12 % 語"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert ids == [i for i in ids if i < 256] and len(ids) == len(text.encode())
+    assert max(ids) < 256
+    assert len(ids) == len(text.encode())
     assert tokenizer.decode(ids) == text
     chat = [{"role": "user", "content": "hi"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
