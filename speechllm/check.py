@@ -13,7 +13,7 @@ from speechllm.config.schema import Config
 from speechllm.errors import UserError
 from speechllm.model.build import missing
 from speechllm.model.size import count_parameters
-from speechllm.prepare import epoch_plans, open_split, prepare_text
+from speechllm.prepare import epoch_plans, open_split, prepare_text, settle_precision
 
 GIB = 2**30
 
@@ -36,12 +36,14 @@ class Findings:
 def check(config: Config) -> Findings:
     """Looks at weights, shards, memory and the run directory; downloads and trains nothing."""
     findings = Findings()
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    config = settle_precision(config, torch.device("cuda" if on_gpu else "cpu"))
     absent = missing(config.model)
     for name in absent:
         findings.bad(name)
     if not absent:
         findings.good("weights of encoder and LLM, tokenizer")
-        _check_memory(config, findings)
+        _check_memory(config, findings, on_gpu=on_gpu)
         _check_data(config, findings)
     else:
         findings.lines.append("  -        shards: not looked at, their cost needs the tokenizer")
@@ -84,12 +86,12 @@ def _check_data(config: Config, findings: Findings) -> None:
             )
 
 
-def _check_memory(config: Config, findings: Findings) -> None:
+def _check_memory(config: Config, findings: Findings, *, on_gpu: bool) -> None:
     """A lower bound: weights, gradients and Adam's moments; activations come on top."""
     frozen, trained = count_parameters(config.model)
     narrow = config.precision == "bf16" and config.model.frozen_dtype == "auto"
     need = (frozen * (2 if narrow else 4) + trained * 16) / GIB
-    if config.device != "cpu" and torch.cuda.is_available():
+    if on_gpu:
         have, where = torch.cuda.mem_get_info()[0] / GIB, "free on the GPU"
     else:
         have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB

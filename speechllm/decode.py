@@ -23,7 +23,14 @@ from speechllm.errors import UserError
 from speechllm.generate import generate
 from speechllm.log import logger
 from speechllm.model.speech_llm import SpeechLLM
-from speechllm.prepare import Split, TextSide, open_split, prepare_model, prepare_text
+from speechllm.prepare import (
+    Split,
+    TextSide,
+    open_split,
+    prepare_model,
+    prepare_text,
+    settle_precision,
+)
 from speechllm.report.metrics import read_lines
 from speechllm.world import World
 
@@ -87,7 +94,7 @@ def load_trained(
     """A run's model with its trained weights: the best checkpoint, the newest, or the one that
     `run` itself is. Raises CheckpointError when there is none or it does not fit."""
     checkpoint = find_checkpoint(run, prefer=prefer)
-    config = load_config(str(checkpoint / "config.yaml"), overrides)
+    config = settle_precision(load_config(str(checkpoint / "config.yaml"), overrides), device)
     text = prepare_text(config)
     model = prepare_model(config, device)
     load_weights(model, checkpoint)

@@ -26,7 +26,13 @@ from speechllm.data.prompt import Prompter
 from speechllm.data.store import Store
 from speechllm.errors import ConfigError, DataError
 from speechllm.log import logger
-from speechllm.model.build import AudioTokens, audio_token_counter, build_model, load_tokenizer
+from speechllm.model.build import (
+    AudioTokens,
+    audio_token_counter,
+    bf16_is_fast,
+    build_model,
+    load_tokenizer,
+)
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.types import SAMPLE_RATE
 
@@ -51,6 +57,13 @@ class Split:
     selection: Selection
 
 
+def settle_precision(config: Config, device: torch.device) -> Config:
+    """The configuration with `precision: auto` replaced by what suits the device."""
+    if config.precision != "auto":
+        return config
+    return config.model_copy(update={"precision": "bf16" if bf16_is_fast(device) else "fp32"})
+
+
 def prepare_text(config: Config) -> TextSide:
     tokenizer = load_tokenizer(config.model.llm)
     prompter = Prompter(tokenizer, config.model.prompt, config.seed)
@@ -59,6 +72,7 @@ def prepare_text(config: Config) -> TextSide:
 
 
 def prepare_model(config: Config, device: torch.device) -> SpeechLLM:
+    assert config.precision != "auto", "settle_precision comes first"
     return build_model(config.model, precision=config.precision, device=device, seed=config.seed)
 
 

@@ -14,7 +14,7 @@ from speechllm.data.plan import EpochPlan
 from speechllm.evaluate import evaluate
 from speechllm.log import logger
 from speechllm.optim import learning_rate
-from speechllm.prepare import Split
+from speechllm.prepare import Split, settle_precision
 from speechllm.run import Run, open_run
 from speechllm.step import StepResult, StepTotals, agree, refuse_too_many_bad, run_step
 from speechllm.stop import StopSignals
@@ -32,7 +32,7 @@ def train(config: Config, world: World) -> int:
     """
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignals())
-        run = open_run(config, world, stack)
+        run = open_run(settle_precision(config, world.device), world, stack)
         return _loop(run, stop)
 
 

@@ -271,8 +271,10 @@ class DDPStrategy(Section):
 class Config(Section):
     run_dir: Path | None = Field(None, description="Where everything of the run is written.")
     seed: int = Field(1, ge=0, description="Decides data order, weights and dropout.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="Compute. What trains keeps fp32 master weights in either."
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="Compute. What trains keeps fp32 master weights in either. `auto`: bf16 where "
+        "the device multiplies it in hardware, else fp32; the run's config.yaml says which.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto`: the GPU of the local rank where there is one."

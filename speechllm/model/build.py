@@ -92,7 +92,7 @@ def build_model(
     if precision == "bf16" and not bf16_is_fast(device):
         logger.warning(
             "this CPU has no bf16 instructions: bf16 takes 10 to 40 times as long as fp32 here. "
-            "Set precision=fp32."
+            "Set precision=fp32 (or auto)."
         )
     frozen = torch.bfloat16
     if precision == "fp32" or model.frozen_dtype == "fp32":
@@ -224,8 +224,6 @@ def _load_llm(cfg: schema.LLM, dtype: torch.dtype, device: torch.device) -> PreT
 def _load_weights(cls: Any, directory: Path, device: torch.device, **options: Any) -> Any:
     """A frozen pretrained model, every one of whose weights came from the file."""
     weight_files(directory)  # says better than transformers what is missing
-    if device.type != "cpu":
-        options["device_map"] = {"": device}
     model, info = _load(
         "model",
         directory,
@@ -240,7 +238,7 @@ def _load_weights(cls: Any, directory: Path, device: torch.device, **options: An
             f"safetensors files or have another shape, so they would stay random: "
             f"{', '.join(lacking[:3])}, ... The files hold another architecture or other names."
         )
-    return model.requires_grad_(False).eval()
+    return model.to(device).requires_grad_(False).eval()
 
 
 def _load_config(directory: Path) -> Any:
