@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 from torch.optim import AdamW
 
-from speechllm.config.schema import Optim
+from speechllm.config.schema import Optim, Train
+from speechllm.types import Objective
+
+
+class Phase(NamedTuple):
+    """A stretch of steps with one objective; `step` of `steps` within it."""
+
+    objective: Objective
+    step: int
+    steps: int
+    lr_scale: float
+
+
+def phase_of(step: int, train: Train) -> Phase:
+    """The phase that optimizer step `step` (from 0) of the run belongs to."""
+    if step < train.ctc_steps:
+        return Phase("ctc", step, min(train.ctc_steps, train.steps), train.ctc_lr_scale)
+    return Phase("lm", step - train.ctc_steps, train.steps - train.ctc_steps, 1.0)
 
 
 def learning_rate(step: int, optim: Optim, total_steps: int) -> float:
-    """The rate of optimizer step `step` (from 0) of `total_steps`.
+    """The rate of optimizer step `step` (from 0) of the `total_steps` of a phase.
 
     Linear warm-up that reaches the peak at step `warmup_steps - 1`, then constant, or cosine or
     linear down towards `min_lr_fraction` of the peak, which step `total_steps` would have: the last

@@ -71,9 +71,11 @@ def prepare_text(config: Config) -> TextSide:
     return TextSide(tokenizer, prompter, audio_token_counter(config.model), pad_id)
 
 
-def prepare_model(config: Config, device: torch.device) -> SpeechLLM:
+def prepare_model(config: Config, device: torch.device, *, ctc: bool = False) -> SpeechLLM:
     assert config.precision != "auto", "settle_precision comes first"
-    return build_model(config.model, precision=config.precision, device=device, seed=config.seed)
+    return build_model(
+        config.model, precision=config.precision, device=device, seed=config.seed, ctc=ctc
+    )
 
 
 def open_split(

@@ -77,13 +77,13 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     text = prepare_text(config)
     train, validation = _open_data(config, text)
     plan_of = epoch_plans(config, train)
-    about = identity(config.model, text.tokenizer) | data_identity(config, train)
+    about = identity(config.model, text.tokenizer) | _meaning(config) | data_identity(config, train)
     checkpoint = _newest(directory, world)
     if checkpoint is not None:
         refuse_other_identity(checkpoint.identity, about, checkpoint.path)
-    model = prepare_model(config, world.device)
+    model = prepare_model(config, world.device, ctc=config.train.ctc_steps > 0)
     strategy = build_strategy(config, model, world)
-    _load(strategy, config, checkpoint, world)
+    _load(strategy, config, checkpoint, about, world)
     progress = checkpoint.progress if checkpoint is not None else Progress()
     if world.is_main:
         _write_config(config, directory)
@@ -128,6 +128,16 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     )
 
 
+def _meaning(config: Config) -> dict[str, Any]:
+    """Settings under which the same weights would mean something else, though they fit."""
+    model = config.model.model_dump(mode="json")
+    return {
+        "model.connector": {k: v for k, v in model["connector"].items() if k != "dropout"},
+        "model.encoder.context": model["encoder"].get("context"),
+        "model.prompt": model["prompt"],
+    }
+
+
 def _run_directory(config: Config) -> Path:
     if config.run_dir is None:
         raise ConfigError("run_dir is not set; say where to write the run: run_dir=exp/NAME")
@@ -162,13 +172,20 @@ def _newest(directory: Path, world: World) -> Checkpoint | None:
     return None if chosen is None else read_checkpoint(Path(chosen))
 
 
-def _load(strategy: Strategy, config: Config, checkpoint: Checkpoint | None, world: World) -> None:
+def _load(
+    strategy: Strategy,
+    config: Config,
+    checkpoint: Checkpoint | None,
+    about: dict[str, Any],
+    world: World,
+) -> None:
     state = None
     if checkpoint is not None:
         state = read_trainable(checkpoint.path) if world.is_main else None
     elif config.train.init_from is not None:
         source = find_checkpoint(Path(config.train.init_from))
         logger.info("starting from the weights of %s", source)
+        _warn_of_other_models(read_checkpoint(source).identity, about, source)
         if world.is_main:
             weights = read_trainable(source, weights_only=True).weights
             zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -176,6 +193,15 @@ def _load(strategy: Strategy, config: Config, checkpoint: Checkpoint | None, wor
     else:
         return
     strategy.load_full_state(state)
+
+
+def _warn_of_other_models(found: dict[str, Any], wanted: dict[str, Any], source: Path) -> None:
+    for part in ("encoder", "llm"):
+        if found[part]["hash"] != wanted[part]["hash"]:
+            logger.warning(
+                "train.init_from: %s was trained with another %s (%s, now %s)",
+                source, part, found[part]["id"], wanted[part]["id"],
+            )  # fmt: skip
 
 
 def _write_config(config: Config, directory: Path) -> None:

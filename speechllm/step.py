@@ -10,7 +10,7 @@ from torch import Tensor
 
 from speechllm.errors import DataError
 from speechllm.strategy.base import Strategy
-from speechllm.types import StepData
+from speechllm.types import Objective, StepData
 from speechllm.world import World
 
 
@@ -70,6 +70,7 @@ def run_step(
     data: StepData,
     totals: StepTotals,
     *,
+    objective: Objective,
     lr: float,
     seed: int,
     step: int,
@@ -85,7 +86,7 @@ def run_step(
     for number, microbatch in enumerate(data.microbatches):
         torch.manual_seed(dropout_seed(seed, step, microbatch.index))
         with strategy.microbatch(last=number == len(data.microbatches) - 1):
-            sums = strategy.model(microbatch.batch.to(device))
+            sums = strategy.model(microbatch.batch.to(device), objective)
             strategy.backward(sums.loss * (microbatch.weight / max(totals.target_tokens, 1)))
         loss_sum += sums.loss.detach() * microbatch.weight
         correct += sums.correct.detach() * microbatch.weight

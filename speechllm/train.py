@@ -13,12 +13,12 @@ from speechllm.config.schema import Config
 from speechllm.data.plan import EpochPlan
 from speechllm.evaluate import evaluate
 from speechllm.log import logger
-from speechllm.optim import learning_rate
+from speechllm.optim import learning_rate, phase_of
 from speechllm.prepare import Split, settle_precision
 from speechllm.run import Run, open_run
 from speechllm.step import StepResult, StepTotals, agree, refuse_too_many_bad, run_step
 from speechllm.stop import StopSignals
-from speechllm.types import StepData
+from speechllm.types import Objective, StepData
 from speechllm.world import World
 
 DONE, STOPPED = 0, 99
@@ -53,13 +53,16 @@ def _loop(run: Run, stop: StopSignals) -> int:
                 return STOPPED
             plan = run.plan_of(data.epoch)
             _count_bad(run, data, totals, plan)
-            lr = learning_rate(progress.step, config.optim, config.train.steps)
-            result = run_step(run.strategy, data, totals, lr=lr, seed=config.seed,
-                              step=progress.step, device=world.device)  # fmt: skip
+            phase = phase_of(progress.step, config.train)
+            lr = phase.lr_scale * learning_rate(phase.step, config.optim, phase.steps)
+            result = run_step(
+                run.strategy, data, totals, objective=phase.objective, lr=lr, seed=config.seed,
+                step=progress.step, device=world.device,
+            )  # fmt: skip
             _advance(progress, data, plan)
             clock.step_done(totals)
             if _due(run, config.train.log_every):
-                _log(run, data, totals, result, lr, clock)
+                _log(run, data, totals, result, phase.objective, lr, clock)
             improved = False
             if run.validation is not None and _due(run, config.evaluation.every):
                 improved = _evaluate(run, run.validation)
@@ -145,7 +148,13 @@ def _advance(progress: Progress, data: StepData, plan: EpochPlan) -> None:
 
 
 def _log(
-    run: Run, data: StepData, totals: StepTotals, result: StepResult, lr: float, clock: Clock
+    run: Run,
+    data: StepData,
+    totals: StepTotals,
+    result: StepResult,
+    objective: Objective,
+    lr: float,
+    clock: Clock,
 ) -> None:
     loss, correct = run.world.sum([float(result.loss), float(result.correct)])
     if not math.isfinite(result.grad_norm):
@@ -155,6 +164,7 @@ def _log(
     values = {
         "step": run.progress.step,
         "epoch": data.epoch,
+        "objective": objective,
         "loss": loss / max(totals.target_tokens, 1),
         "token_accuracy": correct / max(totals.target_tokens, 1),
         "lr": lr,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,7 @@ from speechllm.errors import (
 
 SAMPLE_RATE = 16_000
 IGNORE = -100
+Objective = Literal["lm", "ctc"]  # see SpeechLLM.forward
 # Each asks a run to finish its step, save and leave.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 

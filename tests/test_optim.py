@@ -5,8 +5,8 @@ from torch import nn
 
 import pytest
 
-from speechllm.config.schema import Optim
-from speechllm.optim import build_adamw, learning_rate
+from speechllm.config.schema import Optim, Train
+from speechllm.optim import build_adamw, learning_rate, phase_of
 
 TOTAL = 100
 
@@ -62,3 +62,14 @@ def test_the_rate_of_the_step_is_what_moves_the_weights() -> None:
     optimizer.param_groups[0]["lr"] = 0.25
     optimizer.step()
     assert float(before - layer.weight) == pytest.approx(0.25)  # Adam's first step is lr * sign
+
+
+def test_phases_start_anew_and_cover_the_run() -> None:
+    train = Train(steps=10, ctc_steps=4)
+    found = [phase_of(step, train) for step in range(10)]
+    assert [phase.objective for phase in found] == ["ctc"] * 4 + ["lm"] * 6
+    assert [phase.step for phase in found] == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+    assert [phase.steps for phase in found] == [4] * 4 + [6] * 6
+    assert phase_of(0, Train(steps=10)) == ("lm", 0, 10, 1.0)
+    scaled = Train(steps=10, ctc_steps=4, ctc_lr_scale=2.0)
+    assert [phase_of(step, scaled).lr_scale for step in (3, 4)] == [2.0, 1.0]

@@ -34,7 +34,9 @@ def cuts(tmp_path: Path, shards: Path, microbatches: list[list[int]]) -> tuple[f
     )  # fmt: skip
     data = StepData(0, 0, batches)
     totals = agree(data, ALONE, stop=False)
-    result = run_step(strategy, data, totals, lr=1e-3, seed=1, step=0, device=ALONE.device)
+    result = run_step(
+        strategy, data, totals, objective="lm", lr=1e-3, seed=1, step=0, device=ALONE.device
+    )
     weights = {n: p.detach().clone() for n, p in model.trainable_parameters().items()}
     return float(result.loss) / totals.target_tokens, result.grad_norm, weights
 

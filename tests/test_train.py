@@ -57,6 +57,15 @@ def test_golden_loss_curve(tmp_path: Path, shards: Path) -> None:
     assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(GOLDEN, abs=1e-3)
 
 
+def test_a_start_by_ctc_goes_over_into_the_language_model(tmp_path: Path, shards: Path) -> None:
+    settings = ("train.steps=12", "train.ctc_steps=8", "optim.lr=3e-3", "optim.warmup_steps=1")
+    tiny(tmp_path, shards, *settings)
+    found = metrics(tmp_path)
+    assert [line["objective"] for line in found] == ["ctc"] * 8 + ["lm"] * 4
+    assert found[7]["loss"] < found[0]["loss"] - 0.5
+    assert found[0]["lr"] == found[8]["lr"] == 3e-3  # both warm up
+
+
 def test_worker_processes_change_nothing(tmp_path: Path, shards: Path) -> None:
     for workers in (0, 2):
         tiny(tmp_path / str(workers), shards, "train.steps=5", workers=workers)
@@ -221,7 +230,7 @@ def test_starting_from_the_weights_of_another_run(tmp_path: Path, shards: Path) 
 
 def test_another_connector_is_refused_with_the_difference(tmp_path: Path, shards: Path) -> None:
     tiny(tmp_path / "first", shards, "train.steps=1")
-    with pytest.raises(CheckpointError, match=r"connector.*\(64, .*in the checkpoint"):
+    with pytest.raises(CheckpointError, match=r'model.connector: .*"downsampling_factor": 6'):
         tiny(tmp_path / "first", shards, "model.connector.downsampling_factor=4")
     with pytest.raises(CheckpointError, match=r"hidden"):
         tiny(
@@ -237,6 +246,7 @@ def test_another_connector_is_refused_with_the_difference(tmp_path: Path, shards
         ("seed=2", "seed"),
         ("data.microbatch_tokens=512", "microbatch_tokens"),
         ("data.max_seconds=1.0", "data"),
+        ("model.connector.norm_first=false", "norm_first"),
     ],
 )
 def test_a_resume_that_would_not_be_the_same_run_is_refused(

@@ -30,7 +30,7 @@ from speech_voices import Speech, Split, draw_speech, speakers
 
 from speechllm.errors import UserError
 
-FORMAT = 1  # raise it when the same arguments come to mean other samples
+FORMAT = 2  # raise it when the same arguments come to mean other samples
 SETTINGS = "settings.json"
 SAMPLE_RATE = 16_000
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -50,9 +50,9 @@ class Item:
 
 
 def split_sizes(count: int) -> dict[Split, int]:
-    """Utterances of each split: the test is 5 % but 150 to 300, validation 3 % but 60 to 200, and
+    """Utterances of each split: the test is 5 % but 150 to 200, validation 3 % but 60 to 200, and
     neither more than a fifth and a tenth of a small corpus."""
-    test = min(max(round(0.05 * count), 150), 300, count // 5)
+    test = min(max(round(0.05 * count), 150), 200, count // 5)
     validation = min(max(round(0.03 * count), 60), 200, count // 10)
     return {"train": count - validation - test, "validation": validation, "test": test}
 

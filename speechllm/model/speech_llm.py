@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from transformers import PreTrainedModel
 
+from speechllm.model.ctc import CTCHead
 from speechllm.model.loss import label_loss
-from speechllm.types import IGNORE, Batch, LossSums
+from speechllm.types import IGNORE, Batch, LossSums, Objective
 
 
 class SpeechLLM(nn.Module):
@@ -33,16 +34,24 @@ class SpeechLLM(nn.Module):
         llm: PreTrainedModel,
         *,
         compute_dtype: torch.dtype,
+        ctc_head: CTCHead | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.connector = connector
         self.llm = llm
         self.compute_dtype = compute_dtype
+        self.ctc_head = ctc_head
         self.train(self.training)
 
-    def forward(self, batch: Batch) -> LossSums:
-        """Sums over the batch's target tokens: cross entropy in nats, right guesses, tokens."""
+    def forward(self, batch: Batch, objective: Objective = "lm") -> LossSums:
+        """Sums over the batch's target tokens: loss in nats, right guesses, tokens.
+
+        objective: `lm` is the cross entropy of the LLM; `ctc` aligns audio tokens with the LLM's
+        token embeddings and does not run the LLM (see `CTCHead`).
+        """
+        if objective == "ctc":
+            return self._ctc(batch)
         keep_BS = functional.pad(batch.labels_BS[:, 1:] != IGNORE, (0, 1))
         labels_L = batch.labels_BS.roll(-1, dims=1)[keep_BS]
         with self.autocast():
@@ -56,6 +65,14 @@ class SpeechLLM(nn.Module):
                 logits_to_keep=keep_BS,
             ).logits
         return label_loss(logits_LV, labels_L)
+
+    def _ctc(self, batch: Batch) -> LossSums:
+        assert self.ctc_head is not None, "built without a CTC head"
+        assert len(batch.audio_AN) == len(batch.labels_BS), "CTC wants one audio an example"
+        targets = [row_S[row_S != IGNORE][:-1] for row_S in batch.labels_BS]  # no end token
+        with self.autocast():
+            tokens_AKW, counts_A = self.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
+            return self.ctc_head(tokens_AKW, counts_A, targets)
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """Embeddings [B, S, W] of text, with the audio tokens put where `audio_mask_BS` is."""

@@ -37,7 +37,7 @@ class Metrics:
         with (self.run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         for key, value in values.items():
-            if key != "step":
+            if key != "step" and not isinstance(value, str):
                 self._board.add_scalar(f"{group}/{key}", value, values["step"])
 
 

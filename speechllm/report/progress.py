@@ -47,7 +47,8 @@ class ProgressLine:
 def describe(metrics: dict[str, Any]) -> str:
     wait = metrics["data_wait_seconds"] / max(metrics["step_seconds"], 1e-9)
     return (
-        f"loss {metrics['loss']:.3f} | lr {metrics['lr']:.2e} | norm {metrics['grad_norm']:.2f} | "
+        f"{metrics['objective']} loss {metrics['loss']:.3f} | lr {metrics['lr']:.2e} | "
+        f"norm {metrics['grad_norm']:.2f} | "
         f"{metrics['utterances_per_second']:.1f} utt/s | "
         f"{metrics['audio_seconds_per_second']:.0f} audio h/h | "
         f"data wait {wait:.0%}"

@@ -45,7 +45,7 @@ class Strategy(Protocol):
     """How the ranks share the work of a step."""
 
     model: nn.Module
-    """Called as `model(batch)`; gives the `LossSums` of that microbatch."""
+    """Called as `model(batch, objective)`; gives the `LossSums` of that microbatch."""
 
     def microbatch(self, *, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of one microbatch; gradients are synchronised on the last."""

@@ -116,11 +116,17 @@ def test_audio_tokens_start_about_as_large_as_text_embeddings() -> None:
         assert 0.5 < tokens_AKW.square().mean().sqrt() / text_rms < 2.0
 
 
-def test_attention_is_eager_on_cpu_unless_asked_otherwise() -> None:
-    assert tiny_speech_llm(model_config()).llm.config._attn_implementation == "eager"
-    cfg = model_config()
-    sdpa = cfg.model_copy(update={"llm": cfg.llm.model_copy(update={"attention": "sdpa"})})
-    assert tiny_speech_llm(sdpa).llm.config._attn_implementation == "sdpa"
+def test_attention_on_cpu_is_eager_in_bf16_and_sdpa_in_fp32_unless_asked_otherwise() -> None:
+    def kernel(attention: str, precision: str) -> str:
+        cfg = model_config()
+        llm = cfg.llm.model_copy(update={"attention": attention})
+        model = tiny_speech_llm(cfg.model_copy(update={"llm": llm}), precision=precision)
+        return model.llm.config._attn_implementation
+
+    assert kernel("auto", "bf16") == "eager"
+    assert kernel("auto", "fp32") == "sdpa"
+    assert kernel("sdpa", "bf16") == "sdpa"
+    assert kernel("eager", "fp32") == "eager"
 
 
 @pytest.mark.parametrize("capability", [None, "avx512_bf16", "amx_bf16", "bf16"])

@@ -1,0 +1,73 @@
+"""CTC between audio tokens and the LLM's own token embeddings: a start for the connector.
+
+Shape legend: A audio segments, K audio tokens, W width of the LLM's embeddings, V vocabulary,
+N audio tokens that are no padding, U columns: blank, different target ids, all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from speechllm.types import LossSums
+
+# A cosine of one is a logit of SHARPNESS; the blank's logit is what a cosine of a half gets.
+SHARPNESS = 20.0
+BLANK_LOGIT = SHARPNESS / 2
+
+
+class CTCHead(nn.Module):
+    """CTC (Graves et al. 2006) whose output matrix is the LLM's input embeddings, frozen.
+
+    The logit of a token is the cosine between the audio token and the token's embedding, both
+    without the mean of all embeddings, which they share; a blank is whatever lies near no
+    embedding. So audio tokens come to lie where the words that they carry lie in the LLM's own
+    input, before the LLM is run at all.
+    """
+
+    directions_VW: Tensor
+    mean_W: Tensor
+
+    def __init__(self, embeddings_VW: Tensor) -> None:
+        super().__init__()
+        embeddings_VW = embeddings_VW.detach()
+        mean_W = embeddings_VW.float().mean(0)
+        directions_VW = functional.normalize(embeddings_VW.float() - mean_W, dim=1)
+        self.register_buffer("mean_W", mean_W, persistent=False)
+        self.register_buffer(
+            "directions_VW", directions_VW.to(embeddings_VW.dtype), persistent=False
+        )
+
+    def forward(self, tokens_AKW: Tensor, counts_A: Tensor, targets: Sequence[Tensor]) -> LossSums:
+        """The sum of CTC losses in nats over all audio segments, each with its own target ids.
+
+        A target that does not fit into its audio tokens adds nothing. `correct` is zero: CTC aligns
+        no token to a position.
+        """
+        inside_AK = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device) < counts_A[:, None]
+        x_NW = functional.normalize(tokens_AKW[inside_AK].float() - self.mean_W, dim=1)
+        logits_NV = SHARPNESS * functional.linear(x_NW, self.directions_VW.to(x_NW.dtype)).float()
+        # CTC runs over the blank, the ids that occur, and one column for all the others: the same
+        # loss, and the dynamic programme does not walk through 50 to 130 thousand columns. The
+        # columns must make a whole distribution: torch's gradient of CTC takes that for granted.
+        ids_U, labels = torch.unique(torch.cat(list(targets)), return_inverse=True)
+        blank_N1 = logits_NV.new_full((len(logits_NV), 1), BLANK_LOGIT)
+        others_N1 = logits_NV.index_fill(1, ids_U, -torch.inf).logsumexp(1, keepdim=True)
+        scores_NU = torch.cat((blank_N1, logits_NV[:, ids_U], others_N1), dim=1).log_softmax(1)
+        scores_AKU = scores_NU.new_zeros(*inside_AK.shape, scores_NU.shape[1])
+        scores_AKU[inside_AK] = scores_NU
+        lengths = torch.tensor([len(target) for target in targets])
+        loss = functional.ctc_loss(
+            scores_AKU.transpose(0, 1),
+            labels + 1,
+            counts_A.cpu(),
+            lengths,
+            blank=0,
+            reduction="sum",
+            zero_infinity=True,
+        )
+        total = lengths.sum().to(loss.device)
+        return LossSums(loss, torch.zeros((), device=loss.device), total)
