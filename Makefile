@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py --out exp/demo --data exp/demo_data
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -q --durations=10 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=10 $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -32,7 +32,13 @@ with a checkpoint written, run the same command again; 1 anything else.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no `a.b=value` after `--split X`; where overrides are meant, they are one list.
+    if rest and not (hasattr(options, "overrides") and all(map(_is_override, rest))):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
     # Forked loader processes share one tokenizer; its own thread pool would deadlock in them.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -103,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--json", action="store_true")
     report.set_defaults(command=_report)
     return parser
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,8 @@ def lines(run_dir: Path, split: str) -> list[dict[str, Any]]:
 
 
 def test_every_utterance_once_by_id(trained: Path, shards: Path) -> None:
-    assert main(["generate", str(trained), "--split", f"all={shards}"]) == 0
+    settings = "generation.max_new_tokens=4"  # an override after an option, as people type it
+    assert main(["generate", str(trained), "--split", f"all={shards}", settings]) == 0
     found = lines(trained, "all")
     assert [line["id"] for line in found] == [f"utt-{i:05d}" for i in range(48)]
     assert {"id", "ref", "hyp", "duration"} == found[0].keys()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
+from transformers.utils import logging
 
 from rich.console import Console
 from rich.progress import track
@@ -29,6 +30,7 @@ BATCH = 16
 @torch.inference_mode()
 def transcribe_shards(model_id: str, shards: Path) -> dict[str, str]:
     """Greedy transcripts by utterance id."""
+    logging.set_verbosity_error()  # of its own generation settings, transformers warns each call
     directory = resolve(model_id)
     processor = WhisperProcessor.from_pretrained(directory)
     model = WhisperForConditionalGeneration.from_pretrained(directory).eval()

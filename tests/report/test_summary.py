@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from runs import TINY
+
+from speechllm.cli import main
+
+
+def test_a_run_in_one_row_and_as_json(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    command = ["train", TINY, f"run_dir={run}", f"data.train={shards}", "train.steps=2",
+               "data.num_workers=0", f"data.validation={shards}", "evaluation.every=1",
+               "evaluation.max_utterances=3"]  # fmt: skip
+    assert main(command) == 0
+    capsys.readouterr()
+    assert main(["report", str(run), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out).values()
+    assert found["step"] == 2
+    assert found["checkpoint"] == "step_00000002"
+    assert found["best"]["score"] == pytest.approx(min(found["evaluation"]["loss"], 99), abs=1.0)
+    assert main(["report", str(run)]) == 0
+    assert "step_00000002" in capsys.readouterr().out

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from runs import TINY
+
+from speechllm.cli import main
+
+
+def test_ready(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    command = [TINY, f"data.train={shards}", f"run_dir={run}", "data.num_workers=0"]
+    assert main(["check", *command]) == 0
+    found = capsys.readouterr().out
+    assert "48 utterances" in found
+    assert "an epoch is 2 steps" in found
+    assert "memory: 0.3 M frozen and 0.1 M trained" in found
+    assert "would start anew" in found
+    assert not run.exists(), "check writes nothing"
+    assert main(["train", *command, "train.steps=1"]) == 0
+    assert main(["check", *command]) == 0
+    assert "would resume after step 1" in capsys.readouterr().out
+
+
+def test_everything_that_is_missing_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = [
+        "check", TINY, "model.encoder.id=openai/whisper-small.en",
+        "model.llm.id=allenai/OLMo-2-0425-1B-Instruct",
+    ]  # fmt: skip
+    assert main(command) == 2
+    found = capsys.readouterr().out
+    for word in ("openai/whisper-small.en", "allenai/OLMo-2-0425-1B-Instruct", "run_dir"):
+        assert word in found
+    assert "not ready" in found
+
+
+def test_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", TINY, f"run_dir={tmp_path}", f"data.train={tmp_path}"]) == 2
+    found = capsys.readouterr().out
+    assert "MISSING  data.train" in found
+    assert "ok       weights" in found
