@@ -61,7 +61,7 @@ def test_the_rate_of_the_step_is_what_moves_the_weights() -> None:
     layer.weight.grad = torch.ones_like(layer.weight)
     optimizer.param_groups[0]["lr"] = 0.25
     optimizer.step()
-    assert float(before - layer.weight) == pytest.approx(0.25)  # Adam's first step is lr * sign
+    assert (before - layer.weight).item() == pytest.approx(0.25)  # Adam's first step is lr * sign
 
 
 def test_phases_start_anew_and_cover_the_run() -> None:

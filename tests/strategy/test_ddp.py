@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -35,8 +34,8 @@ class Small(nn.Module):
 
 
 @pytest.fixture
-def strategy() -> Iterator[DDPStrategy]:
-    yield DDPStrategy(Small(), Optim(max_grad_norm=0.5), ALONE)  # type: ignore[arg-type]
+def strategy() -> DDPStrategy:
+    return DDPStrategy(Small(), Optim(max_grad_norm=0.5), ALONE)  # type: ignore[arg-type]
 
 
 def steps(strategy: DDPStrategy, count: int) -> list[float]:
