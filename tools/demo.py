@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("exp/demo"), help="run directory")
     parser.add_argument("--data", type=Path, default=Path("exp/demo_data"), help="speech, shards")
-    parser.add_argument("--count", type=int, default=6000, help="utterances to synthesise")
+    parser.add_argument("--count", type=int, default=7500, help="utterances to synthesise")
     options = parser.parse_args()
     console = Console(stderr=True)
     started = time.monotonic()
