@@ -234,7 +234,7 @@ class Train(Section):
         0,
         ge=0,
         description="The first steps align audio tokens with the LLM's token embeddings by CTC and "
-        "do not run the LLM: a third of the cost, and a far better start. Learning rate and "
+        "do not run the LLM, which makes them cheaper. Learning rate and "
         "warm-up start anew after them.",
     )
     ctc_lr_scale: float = Field(

@@ -1,5 +1,4 @@
 import copy
-import pickle
 from collections import Counter
 
 import numpy as np
@@ -10,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from worker_copy import worker_copy
 
 from speechllm.config.schema import Prompt
 from speechllm.data.prompt import CACHED_TEXTS, Prompter
@@ -237,7 +237,7 @@ def test_max_prompt_tokens_is_the_longest_prompt_with_its_end_token(tokenizer) -
 
 def test_pickled_prompter_makes_the_same_examples(tokenizer) -> None:
     prompter = Prompter(tokenizer, Prompt(texts=("a{audio}", "b{audio}")), 0)
-    copied = pickle.loads(pickle.dumps(prompter))
+    copied = worker_copy(prompter)
     one, two = (p.example(utterance(), 3, with_target=True) for p in (prompter, copied))
     assert texts(one) == texts(two)
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 import fsspec
 import pytest
 from speech_files import make_sample, tone, write_shards
+from worker_copy import worker_copy
 
 from speechllm.data import store as store_module
 from speechllm.data.audio import encode_flac
@@ -134,7 +134,7 @@ def test_a_store_survives_fork_and_pickle(tmp_path: Path, remote: bool) -> None:
         directory = "memory://store"
     store = Store(open_corpus([directory]))
     expected = [store.read(i).key for i in range(4)]
-    assert [pickle.loads(pickle.dumps(store)).read(i).key for i in range(4)] == expected
+    assert [worker_copy(store).read(i).key for i in range(4)] == expected
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
     children = [context.Process(target=_keys, args=(store, queue)) for _ in range(2)]

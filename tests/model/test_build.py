@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import WhisperModel
 
 import pytest
 from speech_models import CONNECTORS, CPU, asr, batch_of, model_config, noise, tiny_speech_llm
+from worker_copy import worker_copy
 
 from speechllm.config import schema
 from speechllm.errors import ModelError
@@ -45,7 +45,7 @@ def rename_weights(directory: Path, old: str, new: str) -> None:
 @torch.no_grad()
 def test_one_function_counts_audio_tokens(connector: str) -> None:
     cfg = model_config(connector=connector)
-    count = pickle.loads(pickle.dumps(audio_token_counter(cfg)))
+    count = worker_copy(audio_token_counter(cfg))
     model = tiny_speech_llm(cfg)
     lengths = [1, 319, 321, 1_600, 7_777, 16_000, 16_001]
     assert count(np.array(lengths)).tolist() == [count(n) for n in lengths]
