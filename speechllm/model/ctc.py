@@ -7,6 +7,7 @@ N audio tokens that are no padding, U columns: blank, different target ids, all 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,36 @@ from speechllm.types import LossSums
 # A cosine of one is a logit of SHARPNESS; the blank's logit is what a cosine of a half gets.
 SHARPNESS = 20.0
 BLANK_LOGIT = SHARPNESS / 2
+
+
+# Logits of the whole vocabulary are made for so many elements at a time.
+CHUNK_ELEMENTS = 1 << 24
+
+
+class _OthersLogSumExp(torch.autograd.Function):
+    """[N]: log of the sum of exp(SHARPNESS * x @ directions.T) over all columns but `ids_U`.
+
+    The gradient is found with the value, while a chunk of logits is at hand and in its place: no
+    [N, V] matrix outlives its chunk (autograd would keep two and copy more).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NW: Tensor, directions_VW: Tensor, ids_U: Tensor) -> Tensor:
+        values, slopes = [], []
+        for x_CW in x_NW.split(max(1, CHUNK_ELEMENTS // len(directions_VW))):
+            logits_CV = functional.linear(x_CW * SHARPNESS, directions_VW).float()
+            logits_CV.index_fill_(1, ids_U, -torch.inf)
+            value_C = logits_CV.logsumexp(1)
+            shares_CV = logits_CV.sub_(value_C[:, None]).exp_()
+            slopes.append(SHARPNESS * (shares_CV.to(directions_VW.dtype) @ directions_VW))
+            values.append(value_C)
+        ctx.save_for_backward(torch.cat(slopes))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (slope_NW,) = ctx.saved_tensors
+        return grads[0][:, None] * slope_NW, None, None
 
 
 class CTCHead(nn.Module):
@@ -49,14 +80,15 @@ class CTCHead(nn.Module):
         """
         inside_AK = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device) < counts_A[:, None]
         x_NW = functional.normalize(tokens_AKW[inside_AK].float() - self.mean_W, dim=1)
-        logits_NV = SHARPNESS * functional.linear(x_NW, self.directions_VW.to(x_NW.dtype)).float()
+        directions_VW = self.directions_VW.to(x_NW.dtype)
         # CTC runs over the blank, the ids that occur, and one column for all the others: the same
         # loss, and the dynamic programme does not walk through 50 to 130 thousand columns. The
         # columns must make a whole distribution: torch's gradient of CTC takes that for granted.
         ids_U, labels = torch.unique(torch.cat(list(targets)), return_inverse=True)
-        blank_N1 = logits_NV.new_full((len(logits_NV), 1), BLANK_LOGIT)
-        others_N1 = logits_NV.index_fill(1, ids_U, -torch.inf).logsumexp(1, keepdim=True)
-        scores_NU = torch.cat((blank_N1, logits_NV[:, ids_U], others_N1), dim=1).log_softmax(1)
+        blank_N1 = x_NW.new_full((len(x_NW), 1), BLANK_LOGIT)
+        logits_NU = SHARPNESS * functional.linear(x_NW, directions_VW[ids_U]).float()
+        others_N1 = _OthersLogSumExp.apply(x_NW, directions_VW, ids_U)[:, None]
+        scores_NU = torch.cat((blank_N1, logits_NU, others_N1), dim=1).log_softmax(1)
         scores_AKU = scores_NU.new_zeros(*inside_AK.shape, scores_NU.shape[1])
         scores_AKU[inside_AK] = scores_NU
         lengths = torch.tensor([len(target) for target in targets])
