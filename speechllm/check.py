@@ -11,7 +11,7 @@ import torch
 from speechllm.checkpoint import complete_checkpoints, read_checkpoint
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
-from speechllm.model.build import missing
+from speechllm.model.identity import missing
 from speechllm.model.size import count_parameters
 from speechllm.prepare import epoch_plans, open_split, prepare_text, settle_precision
 

@@ -45,6 +45,7 @@ class Checkpoint:
     path: Path
     progress: Progress
     optimizer_step: int  # less than progress.step where gradients were not finite
+    loss_scale: float | None  # of fp16
     identity: dict[str, Any]
 
 
@@ -85,7 +86,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{path}: checkpoint format {state['format']}, this version reads {FORMAT}"
             )
         return Checkpoint(
-            path, Progress(**state["progress"]), state["optimizer_step"], state["identity"]
+            path,
+            Progress(**state["progress"]),
+            state["optimizer_step"],
+            state["loss_scale"],
+            state["identity"],
         )
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
@@ -104,13 +109,15 @@ def read_trainable(path: Path, *, weights_only: bool = False) -> TrainableState:
             f"{path}: damaged checkpoint ({error}); remove that directory to go on from the "
             "checkpoint before it"
         ) from error
+    about = None if weights_only else read_checkpoint(path)
     return TrainableState(
         weights=weights,
         exp_avg={n.removeprefix("exp_avg."): t for n, t in moments.items() if _is(n, "exp_avg")},
         exp_avg_sq={
             n.removeprefix("exp_avg_sq."): t for n, t in moments.items() if _is(n, "exp_avg_sq")
         },
-        step=0 if weights_only else read_checkpoint(path).optimizer_step,
+        step=about.optimizer_step if about is not None else 0,
+        loss_scale=about.loss_scale if about is not None else None,
     )
 
 
@@ -159,6 +166,7 @@ class CheckpointWriter:
             "format": FORMAT,
             "progress": asdict(progress),
             "optimizer_step": state.step,
+            "loss_scale": state.loss_scale,
             "identity": identity,
         }
         best = [int(entry["step"]) for entry in progress.best[: self.keep_best]]

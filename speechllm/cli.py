@@ -132,7 +132,11 @@ def _train(options: argparse.Namespace) -> int:
     from speechllm.train import train
     from speechllm.world import connected
 
-    with connected(config.device) as world:
+    with connected(
+        config.device,
+        timeout=config.collective_timeout,
+        alone_in_group=config.strategy.kind != "ddp",
+    ) as world:
         return train(config, world)
 
 
@@ -175,7 +179,7 @@ def _transcribe(options: argparse.Namespace) -> int:
     from speechllm.world import connected
 
     with connected() as world:
-        transcripts = transcribe(options.run, options.audio, options.set, world.device)
+        transcripts = transcribe(options.run, options.audio, options.set, world)
     if options.json:
         print(json.dumps([asdict(t) for t in transcripts], ensure_ascii=False, indent=1))
     else:

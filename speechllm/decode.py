@@ -18,7 +18,7 @@ from speechllm.checkpoint import find_checkpoint, read_trainable
 from speechllm.config.load import load_config
 from speechllm.config.schema import Config
 from speechllm.data.loader import read_batches
-from speechllm.data.plan import plan_in_order
+from speechllm.data.plan import plan_in_order, rank_share
 from speechllm.errors import UserError
 from speechllm.generate import generate
 from speechllm.log import logger
@@ -32,6 +32,7 @@ from speechllm.prepare import (
     settle_precision,
 )
 from speechllm.report.metrics import read_lines
+from speechllm.strategy.build import build_strategy, frozen_weights
 from speechllm.world import World
 
 
@@ -89,15 +90,24 @@ def decode(
 
 
 def load_trained(
-    run: Path, overrides: Sequence[str], *, prefer: str, device: torch.device
+    run: Path, overrides: Sequence[str], *, prefer: str, world: World
 ) -> tuple[Config, SpeechLLM, TextSide, Path]:
     """A run's model with its trained weights: the best checkpoint, the newest, or the one that
-    `run` itself is. Raises CheckpointError when there is none or it does not fit."""
+    `run` itself is. Several ranks of a run that shards frozen weights share them here too.
+
+    Raises CheckpointError when there is none or it does not fit.
+    """
     checkpoint = find_checkpoint(run, prefer=prefer)
-    config = settle_precision(load_config(str(checkpoint / "config.yaml"), overrides), device)
+    config = load_config(str(checkpoint / "config.yaml"), overrides)
+    config = settle_precision(config, world.device)
     text = prepare_text(config)
-    model = prepare_model(config, device)
-    load_weights(model, checkpoint)
+    if world.size > 1 and frozen_weights(config) != "whole":
+        model = prepare_model(config, world.device, sharded=True)
+        state = read_trainable(checkpoint, weights_only=True).without_moments()
+        build_strategy(config, model, world).load_full_state(state)
+    else:
+        model = prepare_model(config, world.device)
+        load_weights(model, checkpoint)
     return config, model.eval(), text, checkpoint
 
 
@@ -127,9 +137,7 @@ def generate_run(
     for name in splits:
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"--split {name!r}: a split's name is a plain name, as in test=DIR")
-    config, model, text, checkpoint = load_trained(
-        run, overrides, prefer=prefer, device=world.device
-    )
+    config, model, text, checkpoint = load_trained(run, overrides, prefer=prefer, world=world)
     run_dir = checkpoint.parent.parent if run == checkpoint else run
     written = {}
     for name, patterns in splits.items():
@@ -179,18 +187,22 @@ def _decode_split(
     kept = split.selection.kept
     left = kept[~np.isin(kept, np.fromiter(done, dtype=np.int64))]
     cut = plan_in_order(split.costs, left, config.generation.microbatch_tokens)
-    mine = cut[world.rank :: world.size]
+    share = rank_share(len(cut), world.rank, world.size)
+    if not model.sharded:  # else all ranks run as many, or the collectives would not match
+        share = [(number, is_repeat) for number, is_repeat in share if not is_repeat]
+    mine = [cut[number] for number, _ in share]
     rows = track(
-        decode(model, split, text, config, world.device, mine),
+        zip(share, decode(model, split, text, config, world.device, mine), strict=True),
         description=f"decoding {name}",
         total=len(mine),
         console=Console(stderr=True),
         disable=not world.is_main,
     )
     with (directory / f".{name}.part{world.rank}.jsonl").open("a", encoding="utf-8") as file:
-        for predictions in rows:
-            file.writelines(_line(asdict(prediction)) for prediction in predictions)
-            file.flush()
+        for (_, is_repeat), predictions in rows:
+            if not is_repeat:
+                file.writelines(_line(asdict(prediction)) for prediction in predictions)
+                file.flush()
     world.barrier()
     if world.is_main:
         _collect_done(directory, name, maker, final, done_file)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -41,16 +40,10 @@ def generate(
         eos_token_id=list(end_token_ids),
         pad_token_id=pad_id,
     )
-    llm: Any = model.llm  # `generate` comes with every causal LLM, but not with its base class
     was_training = model.training
     model.eval()
     try:
-        with model.autocast():
-            rows = llm.generate(
-                inputs_embeds=model.inputs_embeds(batch),
-                attention_mask=batch.attention_mask_BS,
-                generation_config=settings,
-            )
+        rows = model.generate(batch, settings)
     finally:
         model.train(was_training)
     return [_until_end(row, end_token_ids) for row in rows.tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,14 +27,10 @@ from speechllm.data.prompt import Prompter
 from speechllm.data.store import Store
 from speechllm.errors import ConfigError, DataError
 from speechllm.log import logger
-from speechllm.model.build import (
-    AudioTokens,
-    audio_token_counter,
-    bf16_is_fast,
-    build_model,
-    load_tokenizer,
-)
+from speechllm.model.build import AudioTokens, audio_token_counter, bf16_is_fast, build_model
+from speechllm.model.pretrained import load_tokenizer
 from speechllm.model.speech_llm import SpeechLLM
+from speechllm.strategy.build import frozen_weights, loading
 from speechllm.types import SAMPLE_RATE
 
 
@@ -71,11 +68,20 @@ def prepare_text(config: Config) -> TextSide:
     return TextSide(tokenizer, prompter, audio_token_counter(config.model), pad_id)
 
 
-def prepare_model(config: Config, device: torch.device, *, ctc: bool = False) -> SpeechLLM:
+def prepare_model(
+    config: Config, device: torch.device, *, ctc: bool = False, sharded: bool = False
+) -> SpeechLLM:
+    """`sharded`: leave the frozen weights as the configured strategy wants them; else load them."""
     assert config.precision != "auto", "settle_precision comes first"
-    return build_model(
-        config.model, precision=config.precision, device=device, seed=config.seed, ctc=ctc
-    )
+    with loading(config) if sharded else nullcontext():
+        return build_model(
+            config.model,
+            precision=config.precision,
+            device=device,
+            seed=config.seed,
+            ctc=ctc,
+            frozen_on_meta=sharded and frozen_weights(config) == "meta",
+        )
 
 
 def open_split(

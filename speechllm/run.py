@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from speechllm.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -27,7 +25,7 @@ from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import EpochPlan
 from speechllm.errors import ConfigError
 from speechllm.log import close_logging, logger, set_up_logging
-from speechllm.model.build import identity
+from speechllm.model.identity import identity
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prepare import (
     Split,
@@ -40,7 +38,7 @@ from speechllm.prepare import (
 )
 from speechllm.report.metrics import Metrics
 from speechllm.report.progress import ProgressLine
-from speechllm.strategy.base import Strategy, TrainableState
+from speechllm.strategy.base import Strategy
 from speechllm.strategy.build import build_strategy
 from speechllm.world import World
 
@@ -81,7 +79,8 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     checkpoint = _newest(directory, world)
     if checkpoint is not None:
         refuse_other_identity(checkpoint.identity, about, checkpoint.path)
-    model = prepare_model(config, world.device, ctc=config.train.ctc_steps > 0)
+    ctc = config.train.ctc_steps > 0
+    model = prepare_model(config, world.device, ctc=ctc, sharded=True)
     strategy = build_strategy(config, model, world)
     _load(strategy, config, checkpoint, about, world)
     progress = checkpoint.progress if checkpoint is not None else Progress()
@@ -114,7 +113,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
         world=world,
         directory=directory,
         text=text,
-        model=model.train(),
+        model=model,
         train=train,
         validation=validation,
         plan_of=plan_of,
@@ -187,9 +186,7 @@ def _load(
         logger.info("starting from the weights of %s", source)
         _warn_of_other_models(read_checkpoint(source).identity, about, source)
         if world.is_main:
-            weights = read_trainable(source, weights_only=True).weights
-            zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-            state = TrainableState(weights, zeros, zeros, step=0)
+            state = read_trainable(source, weights_only=True).without_moments()
     else:
         return
     strategy.load_full_state(state)

@@ -18,6 +18,7 @@ from speechllm.generate import generate
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prepare import TextSide
 from speechllm.types import SAMPLE_RATE, Utterance
+from speechllm.world import World
 
 LONGEST = 30 * SAMPLE_RATE
 SEARCHED = 10 * SAMPLE_RATE  # the last part of a piece, in which a pause is looked for
@@ -34,13 +35,15 @@ class Transcript:
 
 
 def transcribe(
-    run: Path, files: Sequence[str], overrides: Sequence[str], device: torch.device
+    run: Path, files: Sequence[str], overrides: Sequence[str], world: World
 ) -> list[Transcript]:
     """Raises AudioError naming the file before anything is decoded, CheckpointError without one."""
     audio = {file: _load(file) for file in files}
-    config, model, text, _ = load_trained(run, overrides, prefer="best", device=device)
+    config, model, text, _ = load_trained(run, overrides, prefer="best", world=world)
     return [
-        Transcript(file, _decode(samples, model, text, config, device), len(samples) / SAMPLE_RATE)
+        Transcript(
+            file, _decode(samples, model, text, config, world.device), len(samples) / SAMPLE_RATE
+        )
         for file, samples in audio.items()
     ]
 

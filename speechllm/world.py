@@ -19,8 +19,6 @@ import torch.distributed as dist
 
 from speechllm.errors import ConfigError
 
-TIMEOUT = timedelta(minutes=30)
-
 
 @dataclass(frozen=True)
 class World:
@@ -79,8 +77,13 @@ def read_environment() -> tuple[int, int, int]:
 
 
 @contextmanager
-def connected(device: str = "auto") -> Iterator[World]:
+def connected(
+    device: str = "auto", *, timeout: float = 1800.0, alone_in_group: bool = False
+) -> Iterator[World]:
     """Join the other processes for the length of the block: NCCL where there is CUDA, else gloo.
+
+    timeout: seconds that a rank waits for the others in one collective before it raises.
+    alone_in_group: make a process group also for a single process, which fsdp2 and deepspeed want.
 
     Raises ConfigError when `device` is `cuda` and there is none.
     """
@@ -96,13 +99,18 @@ def connected(device: str = "auto") -> Iterator[World]:
     else:
         chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(chosen)
-    if size > 1:
-        if chosen.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=chosen, timeout=TIMEOUT)
-        else:
-            dist.init_process_group("gloo", timeout=TIMEOUT)
+    if size > 1 or alone_in_group:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore() if size == 1 else None,
+            rank=rank,
+            world_size=size,
+            device_id=chosen if chosen.type == "cuda" else None,
+            timeout=timedelta(seconds=timeout),
+        )
     try:
         yield World(rank, size, local_rank, chosen)
     finally:
-        if size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()

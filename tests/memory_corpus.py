@@ -11,7 +11,7 @@ import torch
 
 from transformers import AutoTokenizer
 
-from speechllm.config.schema import Prompt
+from speechllm.config.model import Prompt
 from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import EpochPlan, PlanSettings, plan_epoch
 from speechllm.data.prompt import Prompter

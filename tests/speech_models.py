@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from speechllm.config import schema
+from speechllm.config import model as schema
 from speechllm.data.collate import collate
 from speechllm.model.build import audio_token_counter, build_model
 from speechllm.model.speech_llm import SpeechLLM

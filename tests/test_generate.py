@@ -11,7 +11,7 @@ import torch
 import pytest
 from speech_models import END, PAD, asr, batch_of, model_config, noise, tiny_speech_llm
 
-from speechllm.config import schema
+from speechllm.config import model as schema
 from speechllm.generate import generate
 from speechllm.model.hub import resolve
 from speechllm.model.speech_llm import SpeechLLM

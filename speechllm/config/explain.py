@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from speechllm.config.fields import all_keys, children, kinds
-from speechllm.config.schema import Config, Section
+from speechllm.config.schema import Config
+from speechllm.config.section import Section
 
 
 @dataclass(frozen=True)

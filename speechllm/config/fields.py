@@ -6,7 +6,8 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from speechllm.config.schema import Config, Section
+from speechllm.config.schema import Config
+from speechllm.config.section import Section
 
 
 def kinds(annotation: Any) -> dict[str | None, type[Section]]:

@@ -22,7 +22,8 @@ from pydantic import ValidationError
 
 from speechllm.config.explain import Origins, explain
 from speechllm.config.fields import children, default_kind, kinds
-from speechllm.config.schema import Config, Section
+from speechllm.config.schema import Config
+from speechllm.config.section import Section
 from speechllm.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ import annotated_types
 from pydantic.fields import FieldInfo
 
 from speechllm.config.fields import children, default_kind, sections
-from speechllm.config.schema import Section
+from speechllm.config.section import Section
 
 BEGIN = "<!-- generated from speechllm/config/schema.py: begin -->"
 END = "<!-- generated: end -->"

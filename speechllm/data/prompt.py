@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 import jinja2
 
-from speechllm.config import schema
+from speechllm.config import model as schema
 from speechllm.errors import ConfigError, DataError, ModelError
 from speechllm.types import AudioSegment, Example, Segment, TextSegment, Utterance
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from speechllm.config import schema
+from speechllm.config import model as schema
 
 Count = TypeVar("Count", int, np.ndarray, Tensor)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from speechllm.config import schema
+from speechllm.config import model as schema
 from speechllm.model.connector import build_connector
 from speechllm.model.encoder import FilterbankFrames
 from speechllm.model.hub import resolve

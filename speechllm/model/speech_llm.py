@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from speechllm.model.ctc import CTCHead
 from speechllm.model.loss import label_loss
@@ -24,8 +25,11 @@ class SpeechLLM(nn.Module):
     """Audio tokens take their places among the text embeddings of a causal LLM.
 
     Weights are read only inside the forwards of the modules that own them, so a strategy may
-    shard any of them. What does not require gradients stays in eval mode.
+    shard any of them, and then sets `sharded`: every forward is a collective of all ranks. What
+    does not require gradients stays in eval mode.
     """
+
+    sharded = False
 
     def __init__(
         self,
@@ -73,6 +77,21 @@ class SpeechLLM(nn.Module):
         with self.autocast():
             tokens_AKW, counts_A = self.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
             return self.ctc_head(tokens_AKW, counts_A, targets)
+
+    def generate(self, batch: Batch, settings: GenerationConfig) -> Tensor:
+        """New token ids [B, at most max_new_tokens] after prompts that are padded on the left.
+
+        Where weights are sharded, the ranks go on together until the last of them is done.
+        """
+        llm: Any = self.llm  # `generate` comes with every causal LLM, but not with its base class
+        with self.autocast():
+            ids_BS: Tensor = llm.generate(
+                inputs_embeds=self.inputs_embeds(batch),
+                attention_mask=batch.attention_mask_BS,
+                generation_config=settings,
+                synced_gpus=self.sharded,
+            )
+        return ids_BS
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """Embeddings [B, S, W] of text, with the audio tokens put where `audio_mask_BS` is."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from speechllm.errors import CheckpointError
@@ -20,6 +21,12 @@ class TrainableState:
     exp_avg: dict[str, Tensor]
     exp_avg_sq: dict[str, Tensor]
     step: int  # optimizer steps taken
+    loss_scale: float | None = None  # where it moves, with fp16
+
+    def without_moments(self) -> TrainableState:
+        """These weights, as an optimizer that has taken no step would have them."""
+        zeros = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
+        return TrainableState(self.weights, zeros, zeros, step=0)
 
     def refuse_unless_fits(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Raise CheckpointError, with the whole difference, unless names and shapes agree."""
@@ -54,8 +61,8 @@ class Strategy(Protocol):
         """`loss` is this rank's share of the step's loss; the shares of all ranks add up."""
 
     def step(self, lr: float) -> float:
-        """Clip, update, zero. Returns the gradient norm before clipping; if that is not finite,
-        nothing is updated."""
+        """Unscale, clip, update, zero. Returns the gradient norm before clipping; if that is not
+        finite, nothing is updated (but the loss scale of fp16, which then falls)."""
 
     def full_state(self) -> TrainableState | None:
         """A copy of all that trains, on rank 0; None elsewhere. A collective."""

@@ -12,20 +12,23 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from speechllm.config.schema import Optim
+from speechllm.config.schema import Config
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim import build_adamw
 from speechllm.strategy.base import TrainableState
+from speechllm.strategy.loss_scale import LossScale
 from speechllm.world import World
 
 
 class DDPStrategy:
     """See `speechllm.strategy.base.Strategy`."""
 
-    def __init__(self, model: SpeechLLM, optim: Optim, world: World) -> None:
+    def __init__(self, model: SpeechLLM, config: Config, world: World) -> None:
         self.parameters = model.trainable_parameters()
-        self.optimizer = build_adamw(self.parameters, optim)
-        self.max_grad_norm = optim.max_grad_norm
+        self.optimizer = build_adamw(self.parameters, config.optim)
+        self.max_grad_norm = config.optim.max_grad_norm
+        self.loss_scale = LossScale(config.precision)
+        self.updates = 0
         self.world = world
         self.model: nn.Module = model
         if world.size > 1:
@@ -46,14 +49,19 @@ class DDPStrategy:
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages over ranks; the shares must be added.
-        (loss * self.world.size).backward()
+        (loss * (self.world.size * self.loss_scale.value)).backward()
 
     def step(self, lr: float) -> float:
+        if self.loss_scale.moves:
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            torch._foreach_div_(gradients, self.loss_scale.value)
         norm = float(clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
+            self.updates += 1
+        self.loss_scale.update(finite=math.isfinite(norm), updates=self.updates)
         self.optimizer.zero_grad()
         return norm
 
@@ -61,12 +69,12 @@ class DDPStrategy:
         if not self.world.is_main:
             return None
         moments = {name: self._moments(p) for name, p in self.parameters.items()}
-        states = [self.optimizer.state.get(p, {}) for p in self.parameters.values()]
         return TrainableState(
             weights={name: _copy(p) for name, p in self.parameters.items()},
             exp_avg={name: _copy(first) for name, (first, _) in moments.items()},
             exp_avg_sq={name: _copy(second) for name, (_, second) in moments.items()},
-            step=max((int(state["step"]) for state in states if state), default=0),
+            step=self.updates,
+            loss_scale=self.loss_scale.saved(),
         )
 
     @torch.no_grad()
@@ -74,8 +82,9 @@ class DDPStrategy:
         if self.world.is_main:
             assert state is not None
             state.refuse_unless_fits(self.parameters)
-        steps = torch.tensor([state.step if state is not None else 0], device=self.world.device)
-        self._broadcast([steps])
+        about = (state.step, state.loss_scale) if state is not None else None
+        self.updates, scale = self.world.from_main(about)
+        self.loss_scale.load(scale)
         for name, parameter in self.parameters.items():
             moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
             if state is not None:
@@ -84,7 +93,7 @@ class DDPStrategy:
                 moments[1].copy_(state.exp_avg_sq[name])
             self._broadcast([parameter, *moments])
             self.optimizer.state[parameter] = {
-                "step": steps[0].float(),
+                "step": torch.tensor(float(self.updates), device=self.world.device),
                 "exp_avg": moments[0],
                 "exp_avg_sq": moments[1],
             }

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from speechllm.config.load import dump_config, load_config
-from speechllm.config.schema import (
-    Config,
+from speechllm.config.model import (
     Conv1dConnector,
     FilterbankEncoder,
     LinearConnector,
@@ -16,6 +15,7 @@ from speechllm.config.schema import (
     TransformerConnector,
     WhisperEncoder,
 )
+from speechllm.config.schema import Config
 from speechllm.errors import ConfigError
 
 MODELS = ["model.encoder.id=random:whisper", "model.llm.id=random:llama"]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speechllm.config.load import dump_config, load_config
-from speechllm.config.schema import FilterbankEncoder
+from speechllm.config.model import FilterbankEncoder
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.y*ml"))

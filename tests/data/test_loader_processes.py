@@ -73,7 +73,7 @@ import multiprocessing, os, sys
 import torch
 import numpy as np
 from transformers import PreTrainedTokenizerFast
-from speechllm.config.schema import Prompt
+from speechllm.config.model import Prompt
 from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import PlanSettings, plan_epoch
 from speechllm.data.prompt import Prompter

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from worker_copy import worker_copy
 
-from speechllm.config.schema import Prompt
+from speechllm.config.model import Prompt
 from speechllm.data.prompt import CACHED_TEXTS, Prompter
 from speechllm.errors import ConfigError, DataError, ModelError
 from speechllm.model.tiny import build_tiny_llm

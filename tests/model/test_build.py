@@ -16,17 +16,12 @@ import pytest
 from speech_models import CONNECTORS, CPU, asr, batch_of, model_config, noise, tiny_speech_llm
 from worker_copy import worker_copy
 
-from speechllm.config import schema
+from speechllm.config import model as schema
 from speechllm.errors import ModelError
-from speechllm.model.build import (
-    audio_token_counter,
-    bf16_is_fast,
-    build_model,
-    identity,
-    load_tokenizer,
-    missing,
-)
+from speechllm.model.build import audio_token_counter, bf16_is_fast, build_model
 from speechllm.model.hub import resolve
+from speechllm.model.identity import identity, missing
+from speechllm.model.pretrained import load_tokenizer
 
 WHISPER, LLAMA = "random:whisper", "random:llama"
 

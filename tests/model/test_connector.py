@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 from speech_models import CONNECTORS
 
-from speechllm.config import schema
+from speechllm.config import model as schema
 from speechllm.model.connector import (
     TransformerConnector,
     build_connector,

@@ -6,15 +6,16 @@ import torch
 from torch import Tensor, nn
 
 import pytest
-from runs import tiny_config
+from runs import TINY, tiny_config
 
-from speechllm.config.schema import Optim
+from speechllm.config.load import load_config
 from speechllm.strategy.base import TrainableState
 from speechllm.strategy.build import build_strategy
 from speechllm.strategy.ddp import DDPStrategy
 from speechllm.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
+CONFIG = load_config(TINY, ["optim.max_grad_norm=0.5", "precision=fp32"])
 
 
 class Small(nn.Module):
@@ -35,7 +36,7 @@ class Small(nn.Module):
 
 @pytest.fixture
 def strategy() -> DDPStrategy:
-    return DDPStrategy(Small(), Optim(max_grad_norm=0.5), ALONE)  # type: ignore[arg-type]
+    return DDPStrategy(Small(), CONFIG, ALONE)  # type: ignore[arg-type]
 
 
 def steps(strategy: DDPStrategy, count: int) -> list[float]:
@@ -58,7 +59,7 @@ def test_state_goes_out_and_in_and_training_goes_on_as_if_nothing_had_been(
     assert all(t.dtype == torch.float32 for t in saved.weights.values())
     steps(strategy, 2)
     whole = strategy.full_state()
-    other = DDPStrategy(Small(), Optim(max_grad_norm=0.5), ALONE)  # type: ignore[arg-type]
+    other = DDPStrategy(Small(), CONFIG, ALONE)  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in other.parameters.values():
             parameter.zero_()
