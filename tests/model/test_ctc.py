@@ -6,7 +6,7 @@ from torch.nn import functional
 
 import pytest
 
-from speechllm.model.ctc import BLANK_LOGIT, SHARPNESS, CTCHead
+from speechllm.model.ctc import BLANK_LOGIT, SAMPLED, SHARPNESS, CTCHead
 
 VOCABULARY, WIDTH = 50, 16
 
@@ -85,3 +85,30 @@ def test_nothing_of_the_head_trains_or_is_saved() -> None:
     assert not list(ctc.parameters())
     assert not ctc.state_dict()
     assert ctc.directions_VW.norm(dim=1) == pytest.approx(torch.ones(VOCABULARY), abs=1e-5)
+
+
+def loss_and_gradient(ctc: CTCHead, tokens: Tensor, targets: list[Tensor]) -> tuple[float, Tensor]:
+    tokens = tokens.detach().requires_grad_()
+    loss = ctc(tokens, torch.tensor([tokens.shape[1]] * len(tokens)), targets).loss
+    return float(loss.detach()), torch.autograd.grad(loss, tokens)[0]
+
+
+def test_the_sample_of_a_large_vocabulary_stands_for_all_of_it() -> None:
+    torch.manual_seed(5)
+    ctc = CTCHead(torch.randn(4 * SAMPLED, WIDTH))
+    tokens, targets = torch.randn(2, 12, WIDTH), [torch.tensor([3, 9_000]), torch.tensor([17])]
+    loss, gradient = loss_and_gradient(ctc.eval(), tokens, targets)
+    ctc.train()
+    sampled = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        sampled.append(loss_and_gradient(ctc, tokens, targets))
+        torch.manual_seed(seed)
+        again = loss_and_gradient(ctc, tokens, targets)
+        assert again[0] == sampled[-1][0]
+        assert torch.equal(again[1], sampled[-1][1])
+    losses = torch.tensor([value for value, _ in sampled])
+    assert losses.std() > 0
+    torch.testing.assert_close(losses.mean(), torch.tensor(loss), rtol=0.01, atol=0)
+    mean_gradient = torch.stack([g for _, g in sampled]).mean(0)
+    assert functional.cosine_similarity(mean_gradient.flatten(), gradient.flatten(), dim=0) > 0.98
