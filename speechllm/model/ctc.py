@@ -93,8 +93,8 @@ class CTCHead(nn.Module):
     def forward(self, tokens_AKW: Tensor, counts_A: Tensor, targets: Sequence[Tensor]) -> LossSums:
         """The sum of CTC losses in nats over all audio segments, each with its own target ids.
 
-        In training the soft-max is sampled, see `_others`. A target that does not fit into its audio tokens adds nothing. `correct` is zero: CTC aligns
-        no token to a position.
+        In training the soft-max is sampled, see `_others`. A target that does not fit into its
+        audio tokens adds nothing. `correct` is zero: CTC aligns no token to a position.
         """
         inside_AK = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device) < counts_A[:, None]
         x_NW = functional.normalize(tokens_AKW[inside_AK].float() - self.mean_W, dim=1)
