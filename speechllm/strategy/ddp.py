@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -35,9 +36,12 @@ class DDPStrategy:
             # init_sync would broadcast the frozen LLM too; every rank has read the same files, and
             # what trains is drawn from the seed, but is sent once to be certain of it.
             self._broadcast(self.parameters.values())
-            self.model = DistributedDataParallel(
-                model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            with warnings.catch_warnings():
+                # Newer torch deprecates the only name that older torch knows.
+                warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+                self.model = DistributedDataParallel(
+                    model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
