@@ -26,6 +26,7 @@ from speechllm.errors import CheckpointError
 from speechllm.strategy.base import TrainableState
 
 FORMAT = 1
+MOST_PENDING = 2  # snapshots of what trains, fp32 with moments
 
 
 @dataclass
@@ -146,22 +147,26 @@ def _essence(part: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes in the background, one at a time. Only rank 0 has one."""
+    """Writes in the background, one after the other. Only rank 0 has one."""
 
     def __init__(self, run_dir: Path, *, keep_last: int, keep_best: int) -> None:
         self.run_dir = run_dir
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
         for leftover in run_dir.glob("checkpoints/.step_*"):
             shutil.rmtree(leftover)
 
     def save(
         self, state: TrainableState, progress: Progress, identity: dict[str, Any], config: str
     ) -> None:
-        """Start to write; waits for the write before it. `state` must not change any more."""
-        self.wait()
+        """Start to write, or line up behind a write that goes on; `state` must not change any more.
+
+        Raises what went wrong with a write before it. Waits only where MOST_PENDING snapshots
+        already lie in memory, because the disk is slower than the training.
+        """
+        self._collect(MOST_PENDING - 1)
         about = {
             "format": FORMAT,
             "progress": asdict(progress),
@@ -170,19 +175,25 @@ class CheckpointWriter:
             "identity": identity,
         }
         best = [int(entry["step"]) for entry in progress.best[: self.keep_best]]
-        self._pending = self._thread.submit(
-            self._write, state, json.dumps(about, indent=1), config, progress.step, best
+        self._pending.append(
+            self._thread.submit(
+                self._write, state, json.dumps(about, indent=1), config, progress.step, best
+            )
         )
 
     def wait(self) -> None:
         """Until what was started is on disk; raises what went wrong with it."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
+        self._collect(0)
 
     def close(self) -> None:
-        self.wait()
-        self._thread.shutdown()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _collect(self, left: int) -> None:
+        while self._pending and (len(self._pending) > left or self._pending[0].done()):
+            self._pending.pop(0).result()
 
     def _write(
         self, state: TrainableState, about: str, config: str, step: int, best: list[int]

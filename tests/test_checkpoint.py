@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -145,3 +146,36 @@ def test_shapes_and_names_that_differ_are_all_listed() -> None:
         state().refuse_unless_fits(parameters)
     assert "connector.w: (2, 3) in the checkpoint, (2, 4)" in str(caught.value)
     assert "connector.new: in this model, not in the checkpoint" in str(caught.value)
+
+
+def test_the_loop_does_not_wait_for_a_slow_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(tmp_path, keep_last=2, keep_best=0)
+    disk = threading.Event()
+    write = writer._write
+    monkeypatch.setattr(writer, "_write", lambda *args: (disk.wait(10), write(*args)))
+    for step in (1, 2):
+        writer.save(state(step, step), Progress(step=step), IDENTITY, "")
+    assert complete_checkpoints(tmp_path) == []
+    disk.set()
+    writer.close()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [
+        "step_00000001",
+        "step_00000002",
+    ]
+
+
+def test_what_went_wrong_with_a_write_is_raised_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = CheckpointWriter(tmp_path, keep_last=1, keep_best=0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "_write", full)
+    writer.save(state(), Progress(step=1), IDENTITY, "")
+    with pytest.raises(OSError, match="No space left"):
+        writer.wait()
+    writer.close()

@@ -102,6 +102,26 @@ def test_a_gradient_that_is_not_finite_moves_nothing(strategy: DDPStrategy) -> N
     assert strategy.parameters["layer.weight"].grad is None
 
 
+def test_fp16_scales_the_loss_and_not_the_update(strategy: DDPStrategy) -> None:
+    config = load_config(TINY, ["optim.max_grad_norm=0.5", "precision=fp16"])
+    scaled = DDPStrategy(Small(), config, ALONE)  # type: ignore[arg-type]
+    start = scaled.loss_scale.value
+    assert steps(scaled, 3) == pytest.approx(steps(strategy, 3), rel=1e-5)
+    expected, found = strategy.full_state(), scaled.full_state()
+    assert expected is not None
+    assert found is not None
+    for name, weight in expected.weights.items():
+        torch.testing.assert_close(found.weights[name], weight)
+    scaled.backward(scaled.model(torch.full((1, 3), float("inf"))))
+    scaled.step(1e-2)
+    resumed = DDPStrategy(Small(), config, ALONE)  # type: ignore[arg-type]
+    after = scaled.full_state()
+    resumed.load_full_state(after)
+    assert after is not None
+    assert after.step == 3
+    assert resumed.loss_scale.value == scaled.loss_scale.value == start / 2
+
+
 def test_frozen_parts_have_no_state(tmp_path: Path, shards: Path) -> None:
     from speechllm.prepare import prepare_model
 
