@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from speechllm.errors import CheckpointError
+from speechllm.lease import Lease
 from speechllm.strategy.base import TrainableState
 
 FORMAT = 1
@@ -147,10 +148,16 @@ def _essence(part: Any) -> Any:
 
 
 class CheckpointWriter:
-    """Writes in the background, one after the other. Only rank 0 has one."""
+    """Writes in the background, one after the other. Only rank 0 has one.
 
-    def __init__(self, run_dir: Path, *, keep_last: int, keep_best: int) -> None:
+    With a lease, nothing is published, pointed to or removed once it is lost (LostLease).
+    """
+
+    def __init__(
+        self, run_dir: Path, *, keep_last: int, keep_best: int, lease: Lease | None = None
+    ) -> None:
         self.run_dir = run_dir
+        self.lease = lease
         self.keep_last = keep_last
         self.keep_best = keep_best
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -212,6 +219,8 @@ class CheckpointWriter:
             for file in aside.iterdir():
                 _fsync(file)
             _fsync(aside)
+            if self.lease is not None:
+                self.lease.check()
             if final.exists():  # an incomplete one of the same name
                 shutil.rmtree(final)
             aside.rename(final)

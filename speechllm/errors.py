@@ -6,6 +6,14 @@ from __future__ import annotations
 class UserError(ValueError):
     """The user's input is wrong. The message says what, where, and how to mend it."""
 
+    exit_code = 2  # of the process
+
+
+class LostLease(UserError):
+    """Another process has taken over the run directory; see `speechllm.lease`."""
+
+    exit_code = 98
+
 
 class ConfigError(UserError):
     """A configuration key or value is wrong."""

@@ -19,7 +19,8 @@ from speechllm.checkpoint import (
     read_trainable,
     refuse_other_identity,
 )
-from speechllm.errors import CheckpointError
+from speechllm.errors import CheckpointError, LostLease
+from speechllm.lease import Lease
 from speechllm.strategy.base import TrainableState
 
 IDENTITY = {"llm": {"id": "a", "hash": "1"}, "seed": 1}
@@ -179,3 +180,17 @@ def test_what_went_wrong_with_a_write_is_raised_by_the_next(
     with pytest.raises(OSError, match="No space left"):
         writer.wait()
     writer.close()
+
+
+def test_without_its_lease_nothing_is_published(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "lease", "second")
+    lease.path.write_text("first\n")
+    writer = CheckpointWriter(tmp_path, keep_last=1, keep_best=0, lease=lease)
+    writer.save(state(), Progress(step=1), IDENTITY, "")
+    with pytest.raises(LostLease, match="taken over"):
+        writer.wait()
+    assert complete_checkpoints(tmp_path) == []
+    lease.path.write_text("second\n")
+    writer.save(state(), Progress(step=2), IDENTITY, "")
+    writer.close()
+    assert len(complete_checkpoints(tmp_path)) == 1

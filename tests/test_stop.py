@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 
 import pytest
 
-from speechllm.stop import StopSignals
+from speechllm.errors import ConfigError
+from speechllm.stop import StopSignals, deadline_of_environment
 from speechllm.types import STOP_SIGNALS
 
 
@@ -36,3 +39,22 @@ def test_former_handlers_come_back() -> None:
     with StopSignals():
         pass
     assert {number: signal.getsignal(number) for number in STOP_SIGNALS} == before
+
+
+def test_the_time_limit_is_a_wish_to_stop() -> None:
+    with StopSignals(deadline=time.time() + 3600) as stop:
+        assert stop.received is None
+        stop.deadline = time.time()
+        assert stop.received == "the time limit"
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert stop.received == "SIGUSR2"
+
+
+def test_the_deadline_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPEECHLLM_DEADLINE", raising=False)
+    assert deadline_of_environment() == math.inf
+    monkeypatch.setenv("SPEECHLLM_DEADLINE", "1790000000.5")
+    assert deadline_of_environment() == 1790000000.5
+    monkeypatch.setenv("SPEECHLLM_DEADLINE", "tomorrow")
+    with pytest.raises(ConfigError, match="Unix seconds"):
+        deadline_of_environment()
