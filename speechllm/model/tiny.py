@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -81,7 +82,7 @@ def build_tiny_whisper(
             suppress_tokens=None,
             begin_suppress_tokens=None,
         )
-        _seeded(lambda: WhisperForConditionalGeneration(config)).save_pretrained(aside)
+        _save(_seeded(lambda: WhisperForConditionalGeneration(config)), aside)
         WhisperFeatureExtractor(feature_size=mels).save_pretrained(aside)
 
     arguments = {"kind": "whisper", "hidden": hidden, "layers": layers, "heads": heads}
@@ -127,7 +128,7 @@ def build_tiny_llm(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        _seeded(lambda: _llm(kind, common)).save_pretrained(aside)
+        _save(_seeded(lambda: _llm(kind, common)), aside)
         tokenizer.save_pretrained(aside)
 
     arguments = {"kind": kind, "hidden": hidden, "layers": layers, "heads": heads}
@@ -165,6 +166,13 @@ def _byte_tokenizer(pad_is_eos: bool) -> PreTrainedTokenizerFast:
         clean_up_tokenization_spaces=False,
         model_max_length=4096,
     )
+
+
+def _save(model: PreTrainedModel, directory: Path) -> None:
+    """As the model's `save_pretrained`, which among several ranks writes on the first alone."""
+    model.config.save_pretrained(directory)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _seeded(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
