@@ -1,0 +1,1 @@
+"""Batch systems: one command takes a configuration to many hosts. Imports no torch."""
