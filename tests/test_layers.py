@@ -28,6 +28,7 @@ FLOORS = {  # unit of the package (a file or a sub-package) -> floor
     "prepare": SECOND,
     "strategy": SECOND,
     "check": THIRD,
+    "cluster": THIRD,
     "decode": THIRD,
     "evaluate": THIRD,
     "report": THIRD,
