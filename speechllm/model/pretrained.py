@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from safetensors import SafetensorError
 from transformers import (
@@ -23,6 +25,9 @@ from speechllm.config import model as schema
 from speechllm.errors import ModelError
 from speechllm.model.encoder import CHUNK_FRAMES
 from speechllm.model.hub import resolve, weight_files
+from speechllm.model.weights import WeightFiles
+
+UNSHARDED = "use strategy.kind=ddp, or deepspeed with ds_configs/zero3.json, which load it whole"
 
 
 def load_tokenizer(llm: schema.LLM) -> PreTrainedTokenizerBase:
@@ -45,8 +50,17 @@ class WhisperEncoderHalf(WhisperEncoder):
 
 
 def load_whisper_encoder(
-    cfg: schema.WhisperEncoder, dtype: torch.dtype, device: torch.device
+    cfg: schema.WhisperEncoder,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    weights_on_meta: bool = False,
 ) -> WhisperEncoder:
+    """The encoder half, frozen, on `device`; its weights without storage where so asked.
+
+    Raises:
+        ModelError: it cannot be found or read, or does not hold the weights it should.
+    """
     directory = resolve(cfg.id, cfg.revision)
     config = _load_config(directory)
     if config.model_type != "whisper":
@@ -58,6 +72,14 @@ def load_whisper_encoder(
         raise ModelError(
             f"{cfg.id} has {config.max_source_positions} positions instead of {CHUNK_FRAMES} "
             "(30 s), unlike every released Whisper; use another model."
+        )
+    if weights_on_meta:
+        return _without_weights(
+            WhisperEncoderHalf._from_config,
+            directory,
+            device,
+            dtype=dtype,
+            attn_implementation="sdpa",
         )
     # Only the encoder's half is read. Its weights have one prefix or another in the file,
     # depending on the class that wrote it, and none in `WhisperEncoder`.
@@ -71,7 +93,14 @@ def load_whisper_encoder(
     )
 
 
-def load_llm(cfg: schema.LLM, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def load_llm(
+    cfg: schema.LLM, dtype: torch.dtype, device: torch.device, *, weights_on_meta: bool = False
+) -> PreTrainedModel:
+    """The LLM, frozen, on `device`; its weights without storage where so asked.
+
+    Raises:
+        ModelError: it cannot be found or read, or does not hold the weights it should.
+    """
     attention = cfg.attention
     if attention == "auto":
         # In bf16 on CPU, sdpa's backward takes a third of the training step at these lengths; in
@@ -85,9 +114,12 @@ def load_llm(cfg: schema.LLM, dtype: torch.dtype, device: torch.device) -> PreTr
             f"{cfg.id} is a {config.model_type} model with an encoder of its own; model.llm.id "
             "takes a causal (decoder-only) language model."
         )
-    llm = _load_weights(
-        AutoModelForCausalLM, directory, device, dtype=dtype, attn_implementation=attention
-    )
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    if weights_on_meta:
+        make = AutoModelForCausalLM.from_config
+        llm = _without_weights(make, directory, device, **options)
+    else:
+        llm = _load_weights(AutoModelForCausalLM, directory, device, **options)
     # The directory's sampling defaults (temperature, penalties, ...) would fill in whatever a call
     # of generate leaves open.
     llm.generation_config = GenerationConfig()
@@ -106,12 +138,45 @@ def _load_weights(cls: Any, directory: Path, device: torch.device, **options: An
     )
     lacking = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
     if lacking:
-        raise ModelError(
-            f"{directory}: {len(lacking)} weights of {type(model).__name__} are not in its "
-            f"safetensors files or have another shape, so they would stay random: "
-            f"{', '.join(lacking[:3])}, ... The files hold another architecture or other names."
-        )
+        raise _lacking(directory, model, lacking)
     return model.to(device).requires_grad_(False).eval()
+
+
+def _without_weights(
+    make: Callable[..., Any], directory: Path, device: torch.device, **options: Any
+) -> Any:
+    """A frozen model whose parameters are on meta and all in the files; buffers are on `device`."""
+    config = _load_config(directory)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"{directory}: a quantised model cannot be sharded; {UNSHARDED}.")
+    files = WeightFiles(directory)
+    with torch.device("meta"):
+        model = _load("configuration", directory, lambda: make(config, **options))
+    lacking = []
+    names = defaultdict(list)  # several where it is tied
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    for parameter, aliases in names.items():
+        stored = [files.shape(name) for name in aliases if name in files]
+        if stored[:1] != [tuple(parameter.shape)]:
+            lacking.append(f"{aliases[0]} {tuple(parameter.shape)}")
+    if lacking:
+        raise _lacking(directory, model, sorted(lacking), f" If they are right, {UNSHARDED}.")
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device=device))
+    model.initialize_weights()  # computes the buffers; the parameters have nothing to be drawn into
+    for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+        model.get_buffer(name).copy_(files.read(name))
+    return model.requires_grad_(False).eval()
+
+
+def _lacking(directory: Path, model: nn.Module, names: list[str], remedy: str = "") -> ModelError:
+    return ModelError(
+        f"{directory}: {len(names)} weights of {type(model).__name__} are not in its safetensors "
+        f"files or have another shape, so they would stay random: {', '.join(names[:3])}, ... The "
+        f"files hold another architecture or other names.{remedy}"
+    )
 
 
 def _load_config(directory: Path) -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from speechllm.errors import CheckpointError
+from speechllm.world import World
 
 
 @dataclass
@@ -28,7 +29,7 @@ class TrainableState:
         zeros = {name: torch.zeros_like(weight) for name, weight in self.weights.items()}
         return TrainableState(self.weights, zeros, zeros, step=0)
 
-    def refuse_unless_fits(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def refuse_unless_fits(self, parameters: Mapping[str, Tensor]) -> None:
         """Raise CheckpointError, with the whole difference, unless names and shapes agree."""
         have = {name: tuple(tensor.shape) for name, tensor in self.weights.items()}
         want = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -46,6 +47,28 @@ class TrainableState:
             "and model.llm as they were for that run, or use another run_dir:\n"
             + "\n".join(sorted(lines))
         )
+
+
+def agree_to_load(
+    state: TrainableState | None, parameters: Mapping[str, Tensor], world: World
+) -> tuple[int, float | None]:
+    """Step and loss scale of rank 0's `state`, on every rank. A collective.
+
+    Raises CheckpointError on all ranks unless it fits: one that raised alone would leave the
+    others waiting for it.
+    """
+    about: dict[str, Any] | None = None
+    if world.is_main:
+        assert state is not None
+        try:
+            state.refuse_unless_fits(parameters)
+            about = {"step": state.step, "loss_scale": state.loss_scale}
+        except CheckpointError as error:
+            about = {"refused": str(error)}
+    agreed = world.from_main(about)
+    if "refused" in agreed:
+        raise CheckpointError(agreed["refused"])
+    return agreed["step"], agreed["loss_scale"]
 
 
 class Strategy(Protocol):

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from speechllm.config.schema import Config
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim import build_adamw
-from speechllm.strategy.base import TrainableState
+from speechllm.strategy.base import TrainableState, agree_to_load
 from speechllm.strategy.loss_scale import LossScale
 from speechllm.world import World
 
@@ -83,11 +83,7 @@ class DDPStrategy:
 
     @torch.no_grad()
     def load_full_state(self, state: TrainableState | None) -> None:
-        if self.world.is_main:
-            assert state is not None
-            state.refuse_unless_fits(self.parameters)
-        about = (state.step, state.loss_scale) if state is not None else None
-        self.updates, scale = self.world.from_main(about)
+        self.updates, scale = agree_to_load(state, self.parameters, self.world)
         self.loss_scale.load(scale)
         for name, parameter in self.parameters.items():
             moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
