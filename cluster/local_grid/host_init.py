@@ -1,0 +1,38 @@
+"""Process 1 of one host: `host_init.py DIRECTORY NAME NEEDED...`, started by hosts.py in new
+namespaces. Its end, however it comes about, ends everything on the host."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from layout import DEBIAN, INSIDE, MASTER, need_cluster
+from mounts import arrange
+
+
+def main() -> int:
+    directory, name, *needed = sys.argv[1:]
+    cluster = need_cluster(Path(directory))
+    socket.sethostname(name)
+    arrange(cluster, name, [Path(path) for path in needed])
+    if not sys.stdin.buffer.readline():  # the line comes when the network stands
+        return 1
+    daemon = subprocess.Popen(
+        [DEBIAN / ("sge_qmaster" if name == MASTER else "sge_execd")],
+        env={**cluster.environment, "SGE_ND": "1", INSIDE: name},
+        stdin=subprocess.DEVNULL,
+        cwd="/",
+    )
+
+    while True:  # also collect what dead parents leave behind
+        pid, status = os.wait()
+        if pid == daemon.pid:
+            print(f"{name}: the daemon ended with {os.waitstatus_to_exitcode(status)}", flush=True)
+            return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
