@@ -7,17 +7,20 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from transformers import PreTrainedModel
 
 from speechllm.config import model as schema
+from speechllm.errors import ModelError
 from speechllm.log import logger
+from speechllm.model.adapt import add_lora, unfreeze_last_layers
 from speechllm.model.connector import build_connector, out_length
 from speechllm.model.ctc import CTCHead
 from speechllm.model.encoder import FilterbankFrames, WhisperFrames
 from speechllm.model.frontend import num_frames
 from speechllm.model.hub import resolve
+from speechllm.model.layers import checkpoint_activations, compile_in_place, transformer_layers
 from speechllm.model.pretrained import load_llm, load_whisper_encoder
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.model.weights import WeightFiles
@@ -49,8 +52,11 @@ def build_model(
     seed: int,
     ctc: bool = False,
     frozen_on_meta: bool = False,
+    activation_checkpointing: bool = False,
+    compile_layers: bool = False,
 ) -> SpeechLLM:
-    """The whole model on `device`, in train mode; only connector (and filterbank) train.
+    """The whole model on `device`, in train mode. What trains: the connector, the filterbank where
+    that is the encoder, and what `model.lora` and `model.unfreeze_encoder_layers` ask for.
 
     Frozen weights are stored in bf16 where precision is not fp32 (unless `frozen_dtype` says fp32)
     and read straight into that type; buffers such as the rotary frequencies stay fp32. What trains
@@ -58,10 +64,13 @@ def build_model(
 
     `ctc` adds what the objective of that name needs: a copy of the LLM's token embeddings.
     `frozen_on_meta` leaves the frozen weights without storage, for a strategy that reads its own
-    share of them from `speechllm.model.weights.WeightFiles`.
+    share of them from `speechllm.model.weights.WeightFiles`. `activation_checkpointing` and
+    `compile_layers` change neither names nor results.
 
     Raises:
-        ModelError: a model cannot be found or read, or does not hold the weights it should.
+        ModelError: a model cannot be found or read, does not hold the weights it should, or cannot
+            do what the configuration asks of it.
+        ConfigError: `compile_layers` without a C++ compiler.
     """
     if precision != "fp32" and not bf16_is_fast(device):
         logger.warning(
@@ -72,24 +81,30 @@ def build_model(
     frozen = torch.bfloat16
     if precision == "fp32" or model.frozen_dtype == "fp32":
         frozen = torch.float32
-    place = torch.device("meta") if frozen_on_meta else device
-    llm = load_llm(model.llm, frozen, place)
-    embeddings_VW = _read_embeddings(llm, model.llm)
+    llm = load_llm(model.llm, frozen, device, weights_on_meta=frozen_on_meta)
+    # Read from the file: the model's own may be on meta, or another rank's.
+    files = WeightFiles(resolve(model.llm.id, model.llm.revision))
+    embeddings, width = _embeddings(llm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = _build_encoder(model.encoder, frozen, place, device)
+        encoder = _build_encoder(
+            model.encoder, model.unfreeze_encoder_layers, frozen, device, frozen_on_meta
+        )
         connector = build_connector(
-            model.connector,
-            encoder.width,
-            embeddings_VW.shape[1],
-            out_rms=_rms(embeddings_VW),
+            model.connector, encoder.width, width, out_rms=_rms(files, embeddings)
         ).to(device)
+        if model.lora.rank:
+            add_lora(llm, model.lora, device)
+    if compile_layers:
+        compile_in_place([connector, *transformer_layers(encoder), *transformer_layers(llm)])
     return SpeechLLM(
         encoder,
         connector,
         llm,
         compute_dtype=COMPUTE_DTYPES[precision],
-        ctc_head=CTCHead(embeddings_VW.to(device, frozen)) if ctc else None,
+        ctc_head=CTCHead(files.read(embeddings).to(device, frozen)) if ctc else None,
+        checkpointed=_checkpointed_layers(encoder, llm) if activation_checkpointing else (),
+        compiled=compile_layers,
     ).train()
 
 
@@ -106,28 +121,50 @@ def bf16_is_fast(device: torch.device) -> bool:
 
 
 def _build_encoder(
-    cfg: schema.Encoder, frozen: torch.dtype, place: torch.device, device: torch.device
+    cfg: schema.Encoder,
+    unfrozen: int,
+    frozen: torch.dtype,
+    device: torch.device,
+    on_meta: bool,
 ) -> WhisperFrames | FilterbankFrames:
-    """A Whisper's frozen weights in `place`, all that is not a frozen weight on `device`."""
     match cfg.kind:
         case "whisper":
-            whisper = load_whisper_encoder(cfg, frozen, place)
+            whisper = load_whisper_encoder(cfg, frozen, device, weights_on_meta=on_meta)
+            if unfrozen:
+                files = WeightFiles(resolve(cfg.id, cfg.revision))
+                unfreeze_last_layers(whisper, unfrozen, files, device)
             frames = WhisperFrames(whisper, cfg.context)
             frames.log_mel.to(device)
             return frames
         case "fbank":
+            if unfrozen:
+                raise ModelError(
+                    f"model.unfreeze_encoder_layers is {unfrozen}, but model.encoder.kind=fbank "
+                    "has no layers and trains as a whole; set model.unfreeze_encoder_layers=0."
+                )
             return FilterbankFrames(cfg.mels, cfg.hidden_size).to(device)
 
 
-def _read_embeddings(llm: PreTrainedModel, cfg: schema.LLM) -> Tensor:
-    """[V, W] on the CPU, from the file: the model's own may be on meta, or another rank's."""
+def _checkpointed_layers(
+    encoder: WhisperFrames | FilterbankFrames, llm: PreTrainedModel
+) -> list[nn.Module]:
+    """Those that keep activations: all of the LLM, and of a Whisper the ones that train."""
+    layers = checkpoint_activations(llm)
+    if isinstance(encoder, WhisperFrames):
+        of_encoder = checkpoint_activations(encoder.encoder)
+        layers += [x for x in of_encoder if any(p.requires_grad for p in x.parameters())]
+    return layers
+
+
+def _embeddings(llm: PreTrainedModel) -> tuple[str, int]:
+    """Name and width of the LLM's table of input embeddings."""
     table = llm.get_input_embeddings()
     assert isinstance(table, nn.Embedding)
     name = next(name for name, module in llm.named_modules() if module is table)
-    return WeightFiles(resolve(cfg.id, cfg.revision)).read(f"{name}.weight")
+    return f"{name}.weight", table.embedding_dim
 
 
-def _rms(embeddings_VW: Tensor) -> float:
-    """Root mean square of the elements, over 4,096 rows at most."""
-    rows = embeddings_VW[:: max(1, len(embeddings_VW) // 4096)].float()
+def _rms(files: WeightFiles, embeddings: str) -> float:
+    """Root mean square of the elements, over 4,096 to 8,191 rows if there are as many."""
+    rows = files.read(embeddings, step=max(1, files.shape(embeddings)[0] // 4096)).float()
     return float(rows.square().mean().sqrt())

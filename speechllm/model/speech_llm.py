@@ -6,7 +6,7 @@ T frames, K audio tokens, L trained positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from speechllm.model.adapt import lora_dropouts
 from speechllm.model.ctc import CTCHead
 from speechllm.model.loss import label_loss
 from speechllm.types import IGNORE, Batch, LossSums, Objective
@@ -25,8 +26,11 @@ class SpeechLLM(nn.Module):
     """Audio tokens take their places among the text embeddings of a causal LLM.
 
     Weights are read only inside the forwards of the modules that own them, so a strategy may
-    shard any of them, and then sets `sharded`: every forward is a collective of all ranks. What
-    does not require gradients stays in eval mode.
+    shard any of them, and then sets `sharded`: every forward is a collective of all ranks.
+
+    checkpointed: layers of transformers that drop their activations and compute them again, which
+        they do only where their own `training` is set.
+    compiled: some modules are, by torch.compile; they run so in training only.
     """
 
     sharded = False
@@ -39,6 +43,8 @@ class SpeechLLM(nn.Module):
         *,
         compute_dtype: torch.dtype,
         ctc_head: CTCHead | None = None,
+        checkpointed: Sequence[nn.Module] = (),
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -46,6 +52,8 @@ class SpeechLLM(nn.Module):
         self.llm = llm
         self.compute_dtype = compute_dtype
         self.ctc_head = ctc_head
+        self.checkpointed = tuple(checkpointed)
+        self.compiled = compiled
         self.train(self.training)
 
     def forward(self, batch: Batch, objective: Objective = "lm") -> LossSums:
@@ -54,8 +62,10 @@ class SpeechLLM(nn.Module):
         objective: `lm` is the cross entropy of the LLM; `ctc` aligns audio tokens with the LLM's
         token embeddings and does not run the LLM (see `CTCHead`).
         """
-        if objective == "ctc":
-            return self._ctc(batch)
+        with self._stance():
+            return self._ctc(batch) if objective == "ctc" else self._lm(batch)
+
+    def _lm(self, batch: Batch) -> LossSums:
         keep_BS = functional.pad(batch.labels_BS[:, 1:] != IGNORE, (0, 1))
         labels_L = batch.labels_BS.roll(-1, dims=1)[keep_BS]
         with self.autocast():
@@ -76,7 +86,13 @@ class SpeechLLM(nn.Module):
         targets = [row_S[row_S != IGNORE][:-1] for row_S in batch.labels_BS]  # no end token
         with self.autocast():
             tokens_AKW, counts_A = self.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
-            return self.ctc_head(tokens_AKW, counts_A, targets)
+            sums: LossSums = self.ctc_head(tokens_AKW, counts_A, targets)
+            if not (torch.is_grad_enabled() and _trains(self.llm)):
+                return sums
+            # Every strategy wants a gradient, if only zero, for all that trains.
+            one_position_11W = self.llm.get_input_embeddings()(batch.tokens_BS[:1, :1])
+            logits = self.llm(inputs_embeds=one_position_11W, use_cache=False).logits
+            return sums._replace(loss=sums.loss + 0 * logits.float().sum())
 
     def generate(self, batch: Batch, settings: GenerationConfig) -> Tensor:
         """New token ids [B, at most max_new_tokens] after prompts that are padded on the left.
@@ -84,7 +100,7 @@ class SpeechLLM(nn.Module):
         Where weights are sharded, the ranks go on together until the last of them is done.
         """
         llm: Any = self.llm  # `generate` comes with every causal LLM, but not with its base class
-        with self.autocast():
+        with self.autocast(), self._stance():
             ids_BS: Tensor = llm.generate(
                 inputs_embeds=self.inputs_embeds(batch),
                 attention_mask=batch.attention_mask_BS,
@@ -119,6 +135,12 @@ class SpeechLLM(nn.Module):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
+    def _stance(self) -> AbstractContextManager[object]:
+        """Decoding and evaluation would be compiled anew: other shapes, a cache, no gradients."""
+        if not self.compiled or self.training:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
     @property
     def device(self) -> torch.device:
         return next(self.connector.parameters()).device
@@ -128,14 +150,19 @@ class SpeechLLM(nn.Module):
         return dict(sorted((n, p) for n, p in self.named_parameters() if p.requires_grad))
 
     def train(self, mode: bool = True) -> SpeechLLM:
-        """As `nn.Module.train`, but parts in which nothing trains stay in eval mode."""
-        super().train(mode)
-        for part in self._parts():
-            part.train(mode and _trains(part))
-        return self
+        """As `nn.Module.train`, but parts that do not train as a whole stay in eval mode.
 
-    def _parts(self) -> Iterator[nn.Module]:
-        yield from (self.encoder, self.connector, self.llm)
+        An LLM with LoRA, or a Whisper of which some layers train, keeps its own dropout off; that
+        of LoRA is on.
+        """
+        super().train(mode)
+        for part in (self.encoder, self.connector, self.llm):
+            part.train(mode and all(p.requires_grad for p in part.parameters()))
+        for dropout in lora_dropouts(self.llm):
+            dropout.train(mode)
+        for layer in self.checkpointed:
+            layer.training = mode
+        return self
 
 
 def position_ids(attention_mask_BS: Tensor) -> Tensor:
