@@ -69,9 +69,15 @@ def prepare_text(config: Config) -> TextSide:
 
 
 def prepare_model(
-    config: Config, device: torch.device, *, ctc: bool = False, sharded: bool = False
+    config: Config,
+    device: torch.device,
+    *,
+    ctc: bool = False,
+    sharded: bool = False,
+    training: bool = False,
 ) -> SpeechLLM:
-    """`sharded`: leave the frozen weights as the configured strategy wants them; else load them."""
+    """`sharded`: leave the frozen weights as the configured strategy wants them; else load them.
+    `training`: with what saves memory or time in training only, where the configuration says so."""
     assert config.precision != "auto", "settle_precision comes first"
     with loading(config) if sharded else nullcontext():
         return build_model(
@@ -81,6 +87,8 @@ def prepare_model(
             seed=config.seed,
             ctc=ctc,
             frozen_on_meta=sharded and frozen_weights(config) == "meta",
+            activation_checkpointing=training and config.train.activation_checkpointing,
+            compile_layers=training and config.train.compile,
         )
 
 

@@ -80,7 +80,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     if checkpoint is not None:
         refuse_other_identity(checkpoint.identity, about, checkpoint.path)
     ctc = config.train.ctc_steps > 0
-    model = prepare_model(config, world.device, ctc=ctc, sharded=True)
+    model = prepare_model(config, world.device, ctc=ctc, sharded=True, training=True)
     strategy = build_strategy(config, model, world)
     _load(strategy, config, checkpoint, about, world)
     progress = checkpoint.progress if checkpoint is not None else Progress()
@@ -128,12 +128,18 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
 
 
 def _meaning(config: Config) -> dict[str, Any]:
-    """Settings under which the same weights would mean something else, though they fit."""
+    """Settings under which the same weights would mean something else, though they fit.
+
+    None is what a checkpoint without the key means.
+    """
     model = config.model.model_dump(mode="json")
+    lora = model["lora"]
     return {
         "model.connector": {k: v for k, v in model["connector"].items() if k != "dropout"},
         "model.encoder.context": model["encoder"].get("context"),
         "model.prompt": model["prompt"],
+        "model.lora": {k: v for k, v in lora.items() if k != "dropout"} if lora["rank"] else None,
+        "model.unfreeze_encoder_layers": config.model.unfreeze_encoder_layers or None,
     }
 
 
