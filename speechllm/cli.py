@@ -19,6 +19,7 @@ WRONG_INPUT = 2
 EXAMPLES = """\
 examples:
   speechllm check configs/demo.yaml data.train=data/train
+  speechllm plan configs/demo.yaml --gpus 2 --gpu-memory 24GB
   speechllm train configs/demo.yaml run_dir=exp/first data.train=data/train optim.lr=5e-4
   torchrun --nproc-per-node 2 -m speechllm train configs/demo.yaml run_dir=exp/first
   speechllm generate exp/first --split test=data/test
@@ -27,7 +28,16 @@ examples:
   speechllm report exp/first exp/second
 
 exit codes: 0 done; 2 wrong input (the message says what and how to mend it); 99 stopped by a signal
-with a checkpoint written, run the same command again; 1 anything else.
+with a checkpoint written, run the same command again; 1 anything else. torchrun itself exits with 1
+whatever its processes exit with; the deepspeed launcher hands their code on.
+"""
+
+PLAN_EXAMPLES = """\
+examples:
+  speechllm plan configs/demo.yaml
+  speechllm plan configs/whisper-large-v3_olmo2-1b_pre_norm.yaml --gpus 8 --gpu-memory 24GB
+  speechllm plan configs/whisper-large-v3_olmo2-1b_pre_norm.yaml --gpus 8 --nodes 8 \\
+      --gpu-memory 80GB model.llm.id=meta-llama/Llama-3.1-8B-Instruct --json
 """
 
 
@@ -44,8 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command(options)
     except UserError as error:
-        print(f"speechllm: {error}", file=sys.stderr)
-        return WRONG_INPUT
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank finds the same: once a host
+            print(f"speechllm: {error}", file=sys.stderr)
+        return error.exit_code
     except BrokenPipeError:  # `speechllm wer ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -60,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
+    # Where the deepspeed launcher puts it: before the command.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train, or go on with a run that was interrupted")
@@ -72,6 +85,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     _config_arguments(check)
     check.set_defaults(command=_check)
+
+    plan = commands.add_parser(
+        "plan",
+        help="predict memory and traffic of every strategy, and recommend one",
+        description="Memory of a rank and bytes on the wire of a step under every strategy, which "
+        "of them fit, which to take, and the largest token budget under it. Downloads nothing and "
+        "needs no weights: models that are not on this machine are known by their published shapes.",
+        epilog=PLAN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _config_arguments(plan)
+    plan.add_argument(
+        "--gpus", type=int, metavar="N",
+        help="GPUs (ranks) of each node (default: those of this machine, or one)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--nodes", type=int, default=1, metavar="K",
+        help="nodes, of N GPUs each: N x K ranks (default: %(default)s)",
+    )  # fmt: skip
+    plan.add_argument(
+        "--gpu-memory", metavar="SIZE",
+        help="memory of each GPU, as in 80GB (GB and GiB both mean 2**30 bytes; default: what this "
+        "machine's GPU has or, without one, what the ranks share of its free memory)",
+    )  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="sizes in bytes")
+    plan.set_defaults(command=_plan)
 
     generate = commands.add_parser("generate", help="decode splits with a run's best checkpoint")
     _run_arguments(generate)
@@ -150,6 +189,22 @@ def _check(options: argparse.Namespace) -> int:
     return 0 if findings.ready else WRONG_INPUT
 
 
+def _plan(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    _quiet_transformers()
+    from speechllm.planner.command import plan_command
+
+    text = plan_command(
+        config,
+        gpus=options.gpus,
+        nodes=options.nodes,
+        gpu_memory=options.gpu_memory,
+        as_json=options.json,
+    )
+    print(text)
+    return 0
+
+
 def _generate(options: argparse.Namespace) -> int:
     splits = {}
     for split in options.split:
@@ -160,11 +215,14 @@ def _generate(options: argparse.Namespace) -> int:
             )
         splits[name] = patterns
     _quiet_transformers()
+    from speechllm.checkpoint import find_checkpoint
     from speechllm.decode import generate_run
+    from speechllm.failure import FailureReport
     from speechllm.log import set_up_logging
     from speechllm.world import connected
 
-    with connected() as world:
+    failures = find_checkpoint(options.run).parents[1] / "predictions" / "failures"
+    with connected() as world, FailureReport(failures, world):
         set_up_logging(world.rank)
         written = generate_run(options.run, splits, options.overrides, world)
         if world.is_main:

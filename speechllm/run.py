@@ -24,6 +24,7 @@ from speechllm.config.schema import Config
 from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import EpochPlan
 from speechllm.errors import ConfigError
+from speechllm.lease import lease_of_environment
 from speechllm.log import close_logging, logger, set_up_logging
 from speechllm.model.identity import identity
 from speechllm.model.speech_llm import SpeechLLM
@@ -38,6 +39,7 @@ from speechllm.prepare import (
 )
 from speechllm.report.metrics import Metrics
 from speechllm.report.progress import ProgressLine
+from speechllm.report.status import RunStatus
 from speechllm.strategy.base import Strategy
 from speechllm.strategy.build import build_strategy
 from speechllm.world import World
@@ -45,7 +47,7 @@ from speechllm.world import World
 
 @dataclass
 class Run:
-    """writer and metrics exist on rank 0 only."""
+    """writer, metrics and status exist on rank 0 only."""
 
     config: Config
     world: World
@@ -61,6 +63,7 @@ class Run:
     progress: Progress
     writer: CheckpointWriter | None
     metrics: Metrics | None
+    status: RunStatus | None
     line: ProgressLine
 
 
@@ -69,7 +72,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
 
     Raises ConfigError, DataError, ModelError or CheckpointError.
     """
-    directory = _run_directory(config)
+    directory = run_directory(config)
     set_up_logging(world.rank, file=directory / "train.log")
     stack.callback(close_logging)
     text = prepare_text(config)
@@ -98,14 +101,19 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
         num_workers=config.data.num_workers,
         prefetch=config.data.prefetch,
     )
-    writer = metrics = None
+    writer = metrics = status = None
     if world.is_main:
+        lease = lease_of_environment()
         writer = CheckpointWriter(
-            directory, keep_last=config.train.keep_last, keep_best=config.train.keep_best
+            directory,
+            keep_last=config.train.keep_last,
+            keep_best=config.train.keep_best,
+            lease=lease,
         )
         stack.callback(writer.close)
         metrics = Metrics(directory, from_step=progress.step)
         stack.callback(metrics.close)
+        status = RunStatus(directory, steps=config.train.steps, world_size=world.size, lease=lease)
     line = ProgressLine(total=config.train.steps, done=progress.step, shown=world.is_main)
     stack.callback(line.close)
     return Run(
@@ -123,6 +131,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
         progress=progress,
         writer=writer,
         metrics=metrics,
+        status=status,
         line=line,
     )
 
@@ -143,7 +152,8 @@ def _meaning(config: Config) -> dict[str, Any]:
     }
 
 
-def _run_directory(config: Config) -> Path:
+def run_directory(config: Config) -> Path:
+    """`run_dir`, made where it is missing. Raises ConfigError."""
     if config.run_dir is None:
         raise ConfigError("run_dir is not set; say where to write the run: run_dir=exp/NAME")
     directory = Path(config.run_dir)

@@ -12,12 +12,14 @@ from speechllm.config.load import dump_config
 from speechllm.config.schema import Config
 from speechllm.data.plan import EpochPlan
 from speechllm.evaluate import evaluate
+from speechllm.failure import FailureReport
 from speechllm.log import logger
 from speechllm.optim import learning_rate, phase_of
 from speechllm.prepare import Split, settle_precision
-from speechllm.run import Run, open_run
+from speechllm.report.status import State
+from speechllm.run import Run, open_run, run_directory
 from speechllm.step import StepResult, StepTotals, agree, refuse_too_many_bad, run_step
-from speechllm.stop import StopSignals
+from speechllm.stop import StopSignals, deadline_of_environment
 from speechllm.types import Objective, StepData
 from speechllm.world import World
 
@@ -31,7 +33,10 @@ def train(config: Config, world: World) -> int:
     Raises UserError subclasses for what the user can mend.
     """
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignals())
+        stop = stack.enter_context(StopSignals(deadline=deadline_of_environment()))
+        directory = run_directory(config)
+        failures = FailureReport(directory / "failures", world, log=directory / "train.log")
+        stack.enter_context(failures)
         run = open_run(settle_precision(config, world.device), world, stack)
         return _loop(run, stop)
 
@@ -40,7 +45,9 @@ def _loop(run: Run, stop: StopSignals) -> int:
     config, progress, world = run.config, run.progress, run.world
     if _finished(run):
         logger.info("nothing left to do: the run is at step %d", progress.step)
+        _say(run, "done")
         return DONE
+    _say(run, "running")
     clock = Clock()
     with closing(run.loader.steps(progress.epoch, progress.epoch_step)) as steps:
         for data in steps:
@@ -48,8 +55,11 @@ def _loop(run: Run, stop: StopSignals) -> int:
             totals = agree(data, world, stop=stop.received is not None)
             if totals.stop:
                 _save(run)
+                _wait_for_writer(run)
+                reason = stop.received or "another rank's signal"
+                _say(run, "saved", reason)
                 logger.info("stopped by %s after step %d; run the same command again to go on",
-                            stop.received or "another rank's signal", progress.step)  # fmt: skip
+                            reason, progress.step)  # fmt: skip
                 return STOPPED
             plan = run.plan_of(data.epoch)
             _count_bad(run, data, totals, plan)
@@ -69,6 +79,8 @@ def _loop(run: Run, stop: StopSignals) -> int:
             if improved or _finished(run) or _due(run, config.train.checkpoint_every):
                 _save(run)
             if _finished(run):
+                _wait_for_writer(run)
+                _say(run, "done")
                 return DONE
             clock.restart()
     raise AssertionError("the loader is endless")
@@ -161,6 +173,7 @@ def _log(
         logger.warning("step %d: the gradient is not finite; no update", run.progress.step)
     if run.metrics is None:
         return
+    rates = clock.read()
     values = {
         "step": run.progress.step,
         "epoch": data.epoch,
@@ -174,8 +187,10 @@ def _log(
         "audio_seconds": round(totals.audio_seconds, 3),
         "padding_fraction": totals.padding_fraction,
         "bad_utterances": totals.bad,
-        **clock.read(),
+        **rates,
     }
+    left = (run.config.train.steps - run.progress.step) * rates["step_seconds"]
+    _say(run, "running", epoch=data.epoch, loss=values["loss"], eta_seconds=left, **rates)
     run.metrics.training(values)
     run.line.update(values)
 
@@ -208,3 +223,15 @@ def _save(run: Run) -> None:
         assert state is not None
         snapshot = replace(run.progress, best=list(run.progress.best))
         run.writer.save(state, snapshot, run.identity, dump_config(run.config))
+
+
+def _say(run: Run, state: State, reason: str | None = None, **more: object) -> None:
+    if run.status is not None:
+        run.status.write(state, run.progress.step, reason=reason, **more)
+
+
+def _wait_for_writer(run: Run) -> None:
+    """All ranks: a launcher that sees one of them end with 99 soon kills the one that writes."""
+    if run.writer is not None:
+        run.writer.wait()
+    run.world.barrier()
