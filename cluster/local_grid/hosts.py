@@ -27,7 +27,8 @@ def start_host(cluster: Cluster, name: str, needed: list[Path]) -> None:
     with log.open("ab") as sink:
         outer = subprocess.Popen(
             [
-                *("unshare", *NAMESPACES, "--kill-child", sys.executable, SCRIPTS / "host_init.py"),
+                *("unshare", *NAMESPACES, "--kill-child"),
+                *(sys.executable, str(SCRIPTS / "host_init.py")),
                 *(str(cluster.directory), name, *map(str, needed)),
             ],
             stdin=subprocess.PIPE,

@@ -64,7 +64,7 @@ def bootstrap(cluster: Cluster) -> str:
 
 
 def global_configuration(default: str, cluster: Cluster) -> str:
-    """A silent host counts as dead after 10 s, and its jobs start again 5 s later."""
+    """A dead host's jobs start again after 25 to 35 s: it looks for silent hosts every 15 s."""
     return edited(
         default,
         {
