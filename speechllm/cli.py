@@ -118,6 +118,13 @@ def _parser() -> argparse.ArgumentParser:
         "--split", action="append", required=True, metavar="NAME=DIR_OR_GLOB",
         help="shards to decode, and the name of their predictions; may be given several times",
     )  # fmt: skip
+    slices = generate.add_mutually_exclusive_group()
+    slices.add_argument(
+        "--part", type=_part_of, metavar="K/N", help="decode the K-th of N slices, to be merged"
+    )
+    slices.add_argument(
+        "--merge", type=int, metavar="N", help="decode nothing: merge N slices, and score"
+    )
     generate.add_argument("overrides", nargs="*", metavar="a.b=value", help="as in train")
     generate.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     generate.set_defaults(command=_generate)
@@ -214,9 +221,11 @@ def _generate(options: argparse.Namespace) -> int:
                 f"--split {split!r}: write it as NAME=DIR_OR_GLOB, as in test=data/test"
             )
         splits[name] = patterns
+    if options.merge is not None:
+        return _merge(options, list(splits))
     _quiet_transformers()
     from speechllm.checkpoint import find_checkpoint
-    from speechllm.decode import generate_run
+    from speechllm.decode import Slice, generate_run
     from speechllm.failure import FailureReport
     from speechllm.log import set_up_logging
     from speechllm.world import connected
@@ -224,10 +233,37 @@ def _generate(options: argparse.Namespace) -> int:
     failures = find_checkpoint(options.run).parents[1] / "predictions" / "failures"
     with connected() as world, FailureReport(failures, world):
         set_up_logging(world.rank)
-        written = generate_run(options.run, splits, options.overrides, world)
+        part = options.part and Slice(*options.part)
+        written = generate_run(options.run, splits, options.overrides, world, part=part)
         if world.is_main:
             for path in written.values():
                 print(path)
+    return 0
+
+
+def _part_of(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r}: write it as K/N with K from 1 to N")
+    return int(number), int(count)
+
+
+def _merge(options: argparse.Namespace, names: Sequence[str]) -> int:
+    from speechllm.checkpoint import find_checkpoint
+    from speechllm.decode import merge_slices
+    from speechllm.wer import read_predictions, score, wer_command
+
+    checkpoint = find_checkpoint(options.run)
+    config = load_config(str(checkpoint / "config.yaml"), options.overrides)
+    normalizer = config.generation.normalizer
+    written = merge_slices(checkpoint.parents[1], names, options.merge)
+    scores = {
+        name: score(*read_predictions(str(file))[name], normalizer=normalizer)
+        for name, file in written.items()
+    }
+    rates = checkpoint.parents[1] / "predictions" / "wer.json"
+    rates.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    print(wer_command([str(file) for file in written.values()], normalizer))
     return 0
 
 

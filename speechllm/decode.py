@@ -47,6 +47,18 @@ class Prediction:
     duration: float
 
 
+@dataclass(frozen=True)
+class Slice:
+    """Part `number` of `count` of a split, for tasks that know nothing of each other: microbatches
+    number - 1, number - 1 + count, ... of the whole split's."""
+
+    number: int
+    count: int
+
+    def label(self, split: str) -> str:
+        return f"{split}.slice{self.number}of{self.count}"
+
+
 def decode(
     model: SpeechLLM,
     split: Split,
@@ -128,11 +140,14 @@ def generate_run(
     world: World,
     *,
     prefer: str = "best",
+    part: Slice | None = None,
 ) -> dict[str, Path]:
     """Decode each split {name: shards} into RUN/predictions/NAME.jsonl and test_predictions.json.
 
     A decoding that was cut short goes on where it stopped, on any number of ranks; predictions made
     by another checkpoint or other settings are made anew. Returns the file of each split.
+
+    part: decode no more than that, into a hidden file for `merge_slices`.
     """
     for name in splits:
         if not name or "/" in name or name.startswith("."):
@@ -154,17 +169,54 @@ def generate_run(
             "precision": config.precision,
             "data": split.corpus.fingerprint,
         }
-        _decode_split(run_dir / "predictions", name, maker, model, split, text, config, world)
-        written[name] = run_dir / "predictions" / f"{name}.jsonl"
-        if world.is_main:
+        label = part.label(name) if part else name
+        final = run_dir / "predictions" / (f".{label}.jsonl" if part else f"{name}.jsonl")
+        _decode_split(final, label, part, maker, model, split, text, config, world)
+        written[name] = final
+        if world.is_main and part is None:
             _write_test_predictions(run_dir)
         world.barrier()
     return written
 
 
+def merge_slices(run_dir: Path, names: Sequence[str], count: int) -> dict[str, Path]:
+    """RUN/predictions/NAME.jsonl and test_predictions.json from `count` slices of each split.
+
+    The same lines as one process writes. The slices stay, so that it may be done again.
+
+    Raises UserError where a slice is missing, or where two are of different checkpoints, settings
+    or data.
+    """
+    directory = run_dir / "predictions"
+    written = {}
+    for name in names:
+        labels = [Slice(number, count).label(name) for number in range(1, count + 1)]
+        missing = [label for label in labels if not (directory / f".{label}.jsonl").is_file()]
+        if missing:
+            raise UserError(
+                f"{directory}: not decoded yet: {', '.join(missing)}; start these tasks again"
+            )
+        makers = [(directory / f".{label}.json").read_text(encoding="utf-8") for label in labels]
+        for label, maker in zip(labels, makers, strict=True):
+            if maker != makers[0]:
+                raise UserError(
+                    f"{directory}: {label} is of another checkpoint, other settings or other data "
+                    f"than {labels[0]}: {maker}, {makers[0]}; decode all slices again"
+                )
+        rows = [row for label in labels for row in read_lines(directory / f".{label}.jsonl")]
+        final = directory / f"{name}.jsonl"
+        _write_final(final, rows)
+        _write_whole(directory / f".{name}.json", makers[0])
+        written[name] = final
+        logger.info("%s: %d utterances in %d slices, %s", name, len(rows), count, final)
+    _write_test_predictions(run_dir)
+    return written
+
+
 def _decode_split(
-    directory: Path,
+    final: Path,
     name: str,
+    part: Slice | None,
     maker: dict[str, Any],
     model: SpeechLLM,
     split: Split,
@@ -172,7 +224,7 @@ def _decode_split(
     config: Config,
     world: World,
 ) -> None:
-    final = directory / f"{name}.jsonl"
+    directory = final.parent
     done_file = directory / f".{name}.done.jsonl"
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
@@ -184,7 +236,7 @@ def _decode_split(
     done = {line["number"] for line in read_lines(done_file)}
     if done:
         logger.info("%s: going on after %d decoded utterances", name, len(done))
-    kept = split.selection.kept
+    kept = _numbers_of(split, part, config.generation.microbatch_tokens)
     left = kept[~np.isin(kept, np.fromiter(done, dtype=np.int64))]
     cut = plan_in_order(split.costs, left, config.generation.microbatch_tokens)
     share = rank_share(len(cut), world.rank, world.size)
@@ -206,12 +258,29 @@ def _decode_split(
     world.barrier()
     if world.is_main:
         _collect_done(directory, name, maker, final, done_file)
-        lines = sorted(read_lines(done_file), key=lambda line: line["number"])
-        for line in lines:
-            del line["number"]
-        _write_whole(final, "".join(map(_line, lines)))
-        done_file.unlink()
+        lines = read_lines(done_file)
+        if part is None:
+            _write_final(final, lines)
+        else:
+            _write_whole(final, "".join(map(_line, lines)))
+        done_file.unlink(missing_ok=True)
         logger.info("%s: %d of %d utterances decoded, %s", name, len(lines), len(kept), final)
+
+
+def _numbers_of(split: Split, part: Slice | None, budget: int) -> np.ndarray:
+    """Utterances of the split that can be decoded, or those of a part of it."""
+    kept = split.selection.kept
+    if part is None:
+        return kept
+    own = plan_in_order(split.costs, kept, budget)[part.number - 1 :: part.count]
+    return np.concatenate([kept[:0], *own])
+
+
+def _write_final(final: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Predictions in the order of the corpus, without their numbers."""
+    ordered = sorted(rows, key=lambda row: row["number"])
+    lines = [{key: value for key, value in row.items() if key != "number"} for row in ordered]
+    _write_whole(final, "".join(map(_line, lines)))
 
 
 def _collect_done(

@@ -11,7 +11,8 @@ from runs import TINY, run
 
 import speechllm.decode
 from speechllm.cli import main
-from speechllm.decode import generate_run
+from speechllm.decode import Slice, generate_run, merge_slices
+from speechllm.errors import UserError
 from speechllm.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -96,3 +97,50 @@ def test_two_ranks_share_the_work_and_say_the_same(trained: Path, shards: Path) 
     code, output = run(["generate", str(trained), "--split", f"both={shards}"], processes=2)
     assert code == 0, output
     assert lines(trained, "both") == lines(trained, "alone")
+
+
+def test_slices_merge_into_what_one_process_writes(
+    trained: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate_run(trained, {"whole": str(shards)}, [], ALONE)
+    split = ["--split", f"sliced={shards}"]
+    for part in ("3/3", "1/3"):
+        assert main(["generate", str(trained), *split, "--part", part]) == 0
+    assert not (trained / "predictions" / "sliced.jsonl").exists()
+    assert main(["generate", str(trained), *split, "--merge", "3"]) == 2
+    assert "sliced.slice2of3" in capsys.readouterr().err
+    assert main(["generate", str(trained), *split, "--part", "2/3"]) == 0
+    for _ in range(2):  # a merge that was killed is done again
+        assert main(["generate", str(trained), *split, "--merge", "3"]) == 0
+    assert lines(trained, "sliced") == lines(trained, "whole")
+    everything = json.loads((trained / "test_predictions.json").read_text(encoding="utf-8"))
+    assert everything["sliced"] == everything["whole"]
+    rates = json.loads((trained / "predictions" / "wer.json").read_text(encoding="utf-8"))
+    assert rates["sliced"]["utterances"] == 48
+    assert f"{100 * rates['sliced']['wer']:.2f}" in capsys.readouterr().out
+
+
+def test_more_slices_than_microbatches(trained: Path, shards: Path) -> None:
+    generate_run(trained, {"whole": str(shards)}, [], ALONE)
+    settings = ["generation.microbatch_tokens=100000"]  # all 48 are one microbatch
+    for number in (1, 2):
+        generate_run(trained, {"few": str(shards)}, settings, ALONE, part=Slice(number, 2))
+    merge_slices(trained, ["few"], 2)
+    assert [row["id"] for row in lines(trained, "few")] == [
+        row["id"] for row in lines(trained, "whole")
+    ]
+
+
+def test_slices_of_different_settings_do_not_merge(trained: Path, shards: Path) -> None:
+    for number, tokens in ((1, 2), (2, 3)):
+        settings = [f"generation.max_new_tokens={tokens}"]
+        generate_run(trained, {"mixed": str(shards)}, settings, ALONE, part=Slice(number, 2))
+    with pytest.raises(UserError, match=r"mixed\.slice2of2 is of another checkpoint"):
+        merge_slices(trained, ["mixed"], 2)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/"])
+def test_a_part_is_k_of_n(part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["generate", "run", "--split", "a=b", "--part", part])
+    assert "K/N" in capsys.readouterr().err
