@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from typing import Any
 
 from speechllm.checkpoint import Progress
 from speechllm.config.load import dump_config
@@ -225,7 +226,7 @@ def _save(run: Run) -> None:
         run.writer.save(state, snapshot, run.identity, dump_config(run.config))
 
 
-def _say(run: Run, state: State, reason: str | None = None, **more: object) -> None:
+def _say(run: Run, state: State, reason: str | None = None, **more: Any) -> None:
     if run.status is not None:
         run.status.write(state, run.progress.step, reason=reason, **more)
 
