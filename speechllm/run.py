@@ -238,8 +238,10 @@ def _say_what_runs(
     plan: EpochPlan,
     progress: Progress,
 ) -> None:
-    trained = sum(p.numel() for p in model.trainable_parameters().values())
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    # ZeRO-3 leaves a parameter empty and says elsewhere how large it is.
+    sizes = {p: getattr(p, "ds_numel", p.numel()) for p in model.parameters()}
+    trained = sum(sizes[p] for p in model.trainable_parameters().values())
+    frozen = sum(sizes.values()) - trained
     kept = train.selection.kept
     logger.info(
         "%d rank(s) on %s, %s; %.1f M parameters train, %.1f M are frozen",
