@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -193,6 +194,8 @@ def _import_deepspeed(config: Config) -> Any:
     except ImportError as error:
         raise _not_installed(error) from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Of PyTorch, several a step, about collectives that DeepSpeed calls by their old names.
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor", FutureWarning)
     if on_cpu:
         # Else it compiles C++ for its own collectives through shared memory: 40 s, and a failure
         # where there is no compiler.
