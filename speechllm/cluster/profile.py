@@ -44,9 +44,14 @@ SITES = Path(__file__).parents[2] / "cluster" / "sites"
 class SiteProfile(Section):
     kind: Literal["sge", "slurm"] = Field("sge", description="Grid Engine, or Slurm.")
     description: str = Field("", description="What `speechllm-submit` says of the site.")
+    client: tuple[str, ...] = Field(
+        (),
+        description="Command that runs qsub, qstat and the like where they work, put before them; "
+        "{repository} stands for the project's folder. none: they work where you are.",
+    )
     queue: Names = Field((), description="Queues (-q), as in long.q@@gpu; Slurm: partitions.")
     project: Name | None = Field(None, description="Project (-P); Slurm: account.")
-    requests: dict[Name, str] = Field(
+    requests: dict[Name, Name] = Field(
         {}, description="Further resources (-l) as they are asked for, as in arch: lx-amd64."
     )
     gpus: Gpus | None = Field(None, description="How GPUs are asked for; none: they are not.")

@@ -1,0 +1,117 @@
+"""speechllm-submit logs and cancel."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from speechllm.cluster.batch import Batch, QueuedTask
+from speechllm.cluster.job import Job, read_job
+from speechllm.cluster.status import read_progress
+from speechllm.cluster.submission import Submission, batch_of, find_submissions
+from speechllm.errors import UserError
+
+
+def add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("logs", help="what a job printed")
+    parser.add_argument("where", metavar="RUN|JOB", help="run directory, job id or job name")
+    parser.add_argument("--task", type=int, metavar="K", help="of an array (default: the newest)")
+    parser.add_argument("-n", "--lines", type=int, default=40, help="last lines (default: 40)")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on until Ctrl-C")
+    parser.set_defaults(command=logs)
+
+
+def add_cancel(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "cancel", help="let the jobs of a run save, then take them out of the queue"
+    )
+    parser.add_argument("where", metavar="RUN|JOB", help="run directory, job id or job name")
+    parser.add_argument(
+        "--wait", type=float, default=300.0, metavar="SECONDS", help="for saving (default: 300)"
+    )
+    parser.add_argument("--now", action="store_true", help="do not wait for saving")
+    parser.set_defaults(command=cancel)
+
+
+def logs(options: argparse.Namespace) -> int:
+    files = [
+        file
+        for one in find_submissions(options.where)
+        for file in log_files(Path(one.folder, "logs"), options.task)
+    ]
+    if not files:
+        raise UserError(f"{options.where}: no log yet; see speechllm-submit status")
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    for file in sorted(files):
+        print(f"{'==>' if file == newest else '   '} {file}", file=sys.stderr)
+    with newest.open(encoding="utf-8", errors="replace") as text:
+        print("".join(text.readlines()[-options.lines :]), end="", flush=True)
+        try:
+            while options.follow:
+                print(text.read(), end="", flush=True)
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            return 0
+    return 0
+
+
+def log_files(folder: Path, task: int | None) -> list[Path]:
+    """Logs of a job, or of one task of it: NAME.ID.log, NAME.ID.TASK.log."""
+    return sorted(folder.glob("*.log" if task is None else f"*.*.{task}.log"))
+
+
+def cancel(options: argparse.Namespace) -> int:
+    for submission in find_submissions(options.where):
+        job = read_job(Path(submission.folder) / "job.json")
+        wait = 0.0 if options.now else options.wait
+        print(f"{job.name}: {cancel_job(job, submission, batch_of(job.site), wait)}")
+    return 0
+
+
+def cancel_job(
+    job: Job,
+    submission: Submission,
+    batch: Batch,
+    wait: float,
+    sleep: Callable[[float], None] = time.sleep,
+) -> str:
+    """Ask a running job to save and end, delete it then; what became of it, for people.
+
+    The wish is a file that the job's nodes look for, so that it works on every site and saving may
+    take longer than the batch system's own warning time.
+    """
+    if not _tasks(batch, submission):
+        return "not in the queue"
+    asked = time.time()
+    job.cancel.touch()
+    running = _running(batch, submission)
+    idle = [one for one in submission.job_ids if one not in running]
+    if idle:
+        batch.delete(idle)
+    waited = 0.0
+    while running and waited < wait and not _has_saved(job, asked):
+        sleep(1.0)
+        waited += 1.0
+        running = _running(batch, submission)
+    if left := sorted({task.job_id for task in _tasks(batch, submission)}):
+        batch.delete(left)
+    progress = read_progress(job.run)
+    if progress.get("state") in ("saved", "done") and progress["time"] >= asked:
+        return f"saved at step {progress.get('step')} and cancelled"
+    return "cancelled"
+
+
+def _tasks(batch: Batch, submission: Submission) -> Sequence[QueuedTask]:
+    return [task for task in batch.queued() if task.job_id in submission.job_ids]
+
+
+def _running(batch: Batch, submission: Submission) -> set[str]:
+    return {task.job_id for task in _tasks(batch, submission) if task.state == "running"}
+
+
+def _has_saved(job: Job, asked: float) -> bool:
+    progress = read_progress(job.run)
+    return progress.get("state") in ("saved", "done") and float(progress["time"]) >= asked

@@ -1,0 +1,192 @@
+"""speechllm-submit status: where jobs stand, from the queue and the files that they leave."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from speechllm.cluster.batch import Batch, QueuedTask
+from speechllm.cluster.job import Job, read_job
+from speechllm.cluster.options import terminal
+from speechllm.cluster.requests import clock
+from speechllm.cluster.submission import Submission, batch_of, find_submissions
+
+# What the exit codes of a job mean; everything else is `failed`.
+ENDS = {0: "done", 99: "saved", 100: "needs you"}
+STYLES = {
+    "running": "green", "done": "bold green", "pending": "yellow", "held": "yellow",
+    "saved": "cyan", "suspended": "magenta", "deleting": "magenta",
+    "error": "bold red", "failed": "bold red", "needs you": "bold red",
+}  # fmt: skip
+_URGENT = ("error", "running", "suspended", "deleting", "pending", "held")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job, or one task of an array whose tasks have run directories of their own.
+
+    state: of the queue, else how it ended. tasks: by state in the queue. attempts: starts of the
+    whole job so far. last_line_seconds: age of the newest log.
+    """
+
+    job: str
+    kind: str
+    ids: list[str]
+    run_dir: str
+    state: str
+    tasks: dict[str, int]
+    hosts: list[str]
+    attempts: int
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    utterances_per_second: float | None = None
+    eta_seconds: float | None = None
+    last_line_seconds: float | None = None
+    reason: str = ""
+
+
+def add_status(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("status", help="where the jobs of a run stand")
+    parser.add_argument("where", metavar="RUN|JOB", help="run directory, job id or job name")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    parser.set_defaults(command=status)
+
+
+def status(options: argparse.Namespace) -> int:
+    rows = [row for one in find_submissions(options.where) for row in rows_of(one)]
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return 0
+    console = terminal()
+    console.print(table_of(rows))
+    for row in rows:
+        if row.reason:
+            console.print(Text(f"{row.job}: {row.reason}", STYLES.get(row.state, "")))
+    return 0
+
+
+def rows_of(submission: Submission, batch: Batch | None = None) -> list[Row]:
+    """The rows of one submission. batch: None asks the job's own."""
+    job = read_job(Path(submission.folder) / "job.json")
+    batch = batch or batch_of(job.site)
+    numbers = range(1, len(job.variants) + 1)
+    own_runs = any(variant.run_dir for variant in job.variants)
+    parts = [job.for_task(number) for number in numbers] if own_runs else [job]
+    queue = batch.queued()
+    return [_row(part, submission, queue, batch) for part in parts]
+
+
+def _row(job: Job, submission: Submission, queue: Sequence[QueuedTask], batch: Batch) -> Row:
+    attempts = read_jsonl(job.attempts)
+    ids = set(submission.job_ids) | {str(one["job_id"]) for one in attempts if one.get("job_id")}
+    tasks = [t for t in queue if t.job_id in ids and job.task in (None, t.task)]
+    starts = [one for one in attempts if one.get("event") == "start"]
+    last = attempts[-1] if attempts else {}
+    progress = read_progress(job.run)
+    state = queue_state(tasks) or ended_state(last, progress)
+    reason = ""
+    if not state:
+        state, reason = _accounted(batch, submission.job_ids[-1], job.task)
+    elif state in ("pending", "error") and tasks:
+        reason = "; ".join(batch.why_pending(tasks[0].job_id)[:3])
+    elif last.get("event") == "end" and last.get("code") != 0:
+        reason = str(last.get("reason", ""))
+    age = time.time() - float(progress.get("time", 0))
+    eta = progress.get("eta_seconds")
+    return Row(
+        job=job.name if job.task is None else f"{job.name}.{job.task}",
+        kind=job.kind,
+        ids=list(submission.job_ids),
+        run_dir=str(job.run),
+        state=state,
+        tasks=dict(Counter(task.state for task in tasks)),
+        hosts=sorted({t.host for t in tasks if t.host})
+        or list((starts or [{}])[-1].get("hosts", [])),
+        attempts=len(starts),
+        step=progress.get("step"),
+        steps=progress.get("steps"),
+        loss=progress.get("loss"),
+        utterances_per_second=progress.get("utterances_per_second"),
+        eta_seconds=max(0.0, eta - age) if eta is not None and state == "running" else None,
+        last_line_seconds=newest_age(job.logs),
+        reason=reason,
+    )
+
+
+def queue_state(tasks: Sequence[QueuedTask]) -> str | None:
+    """The most urgent state of the tasks; None where none is in the queue."""
+    states = {task.state for task in tasks}
+    return next((state for state in _URGENT if state in states), None)
+
+
+def ended_state(last: dict[str, Any], progress: dict[str, Any]) -> str | None:
+    """How a job that has left the queue ended, by its last attempt, else by its training."""
+    if last.get("event") == "end":
+        return ENDS.get(int(last["code"]), "failed")
+    state = progress.get("state")
+    return {"running": "failed"}.get(str(state), str(state)) if state else None
+
+
+def _accounted(batch: Batch, job_id: str, task: int | None) -> tuple[str, str]:
+    """(state, reason) by the batch system's own records."""
+    codes = batch.exit_codes(job_id, task)
+    if not codes:
+        return "ended", "left the queue; the batch system has no record of its end (yet)"
+    bad = [code for code in codes if code != 0]
+    if not bad:
+        return "done", ""
+    return ENDS.get(bad[-1], "failed"), f"{len(bad)} of {len(codes)} tasks ended with {bad[-1]}"
+
+
+def read_progress(run_dir: Path) -> dict[str, Any]:
+    """RUN/status.json; empty where there is none."""
+    file = run_dir / "status.json"
+    if not file.is_file():
+        return {}
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return content
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; what follows the last newline is still being written."""
+    if not file.is_file():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def newest_age(folder: Path) -> float | None:
+    """Seconds since anything was written to a file of the folder."""
+    times = [file.stat().st_mtime for file in folder.glob("*.log")]
+    return max(0.0, time.time() - max(times)) if times else None
+
+
+def table_of(rows: Iterable[Row]) -> Table:
+    table = Table(
+        *("job", "state", "tasks", "hosts", "attempts", "step", "loss", "utt/s", "ETA", "last line")
+    )
+    for row in rows:
+        step = "-" if row.step is None else f"{row.step}/{row.steps}"
+        tasks = ", ".join(f"{count} {state}" for state, count in row.tasks.items())
+        table.add_row(
+            Text(f"{row.job} ({', '.join(row.ids)})"),
+            Text(row.state, STYLES.get(row.state, "")),
+            tasks or "-",
+            " ".join(row.hosts) or "-",
+            str(row.attempts),
+            step,
+            "-" if row.loss is None else f"{row.loss:.3f}",
+            "-" if row.utterances_per_second is None else f"{row.utterances_per_second:.1f}",
+            "-" if row.eta_seconds is None else clock(row.eta_seconds),
+            "-" if row.last_line_seconds is None else f"{clock(row.last_line_seconds)} ago",
+        )
+    return table

@@ -1,0 +1,151 @@
+"""speechllm-submit shard and generate: an array of tasks, and the held job that finishes it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechllm.cluster.job import Job, Variant
+from speechllm.cluster.options import (
+    add_job_options,
+    checked_name,
+    gpus_of,
+    make_job,
+    site_of,
+    submit_all,
+)
+from speechllm.cluster.profile import SiteProfile
+from speechllm.cluster.submission import REPOSITORY
+from speechllm.errors import ConfigError
+
+MAKE_SHARDS = REPOSITORY / "tools" / "make_shards.py"
+
+
+def add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "shard",
+        help="make shards from a manifest by an array job, then check that none is missing",
+        epilog="further options go to tools/make_shards.py, as in --shard-size 100MB --reencode",
+    )
+    parser.add_argument("manifest", metavar="MANIFEST", help="JSONL file")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory for the shards")
+    parser.add_argument("--tasks", type=int, required=True, metavar="N", help="of the array")
+    add_job_options(parser)
+    parser.set_defaults(command=shard, overrides=[])
+
+
+def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "generate", help="decode splits by an array job, then merge and score"
+    )
+    parser.add_argument("run", metavar="RUN", help="run or checkpoint directory")
+    parser.add_argument(
+        "--split", action="append", required=True, metavar="NAME=DIR_OR_GLOB",
+        help="shards to decode; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
+        "--parts", type=int, default=1, metavar="N", help="tasks for each split (default: 1)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="as in train")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="of each task")
+    parser.add_argument("--procs-per-node", type=int, metavar="N", help="default: one for each GPU")
+    add_job_options(parser)
+    parser.set_defaults(command=generate)
+
+
+def shard(options: argparse.Namespace) -> int:
+    submit_all(shard_jobs(options, site_of(options)), options)
+    return 0
+
+
+def shard_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
+    """The array, and the job that is held on it and checks that every shard is there.
+
+    options.passed: what make_shards.py gets besides.
+    """
+    if options.tasks < 1:
+        raise ConfigError("--tasks must be 1 or more")
+    if not os.path.isfile(options.manifest):
+        raise ConfigError(f"{options.manifest}: no such file")
+    out = os.path.abspath(options.out)
+    own = {"--num-workers": str(site.cpus.slots)}
+    given = [
+        word for name, value in own.items() if name not in options.passed for word in (name, value)
+    ]
+    same = (str(MAKE_SHARDS), os.path.abspath(options.manifest), "--out", out)
+    name = checked_name(options, f"shard_{Path(out).name}")
+    array = make_job(
+        site,
+        name=name,
+        kind="shard",
+        run_dir=out,
+        arguments=(*same, *given, *options.passed, "--num-tasks", str(options.tasks)),
+        variants=tuple(Variant(arguments=("--task", str(k))) for k in _numbers(options.tasks)),
+    )
+    check = make_job(
+        site,
+        name=f"{name}_check",
+        kind="shard",
+        run_dir=out,
+        arguments=(*same, *options.passed, "--check-complete"),
+    )
+    return [array, check]
+
+
+def generate(options: argparse.Namespace) -> int:
+    submit_all(generate_jobs(options, site_of(options)), options)
+    return 0
+
+
+def generate_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
+    """The array, one task for each part of each split, and the held job that merges and scores."""
+    if options.parts < 1:
+        raise ConfigError("--parts must be 1 or more")
+    run = os.path.abspath(options.run)
+    run_dir = run_of(run)
+    for split in options.split:
+        if not all(split.partition("=")):
+            raise ConfigError(f"--split {split!r}: write it as NAME=DIR_OR_GLOB")
+    gpus = gpus_of(options, site)
+    name = checked_name(options, f"{Path(run_dir).name}_generate")
+    array = make_job(
+        site,
+        name=name,
+        kind="generate",
+        run_dir=run_dir,
+        arguments=("generate", run, *options.overrides),
+        variants=tuple(
+            Variant(arguments=("--split", split, "--part", f"{part}/{options.parts}"))
+            for split in options.split
+            for part in _numbers(options.parts)
+        ),
+        gpus_per_node=gpus,
+        procs_per_node=options.procs_per_node or max(1, gpus),
+    )
+    splits = [word for split in options.split for word in ("--split", split)]
+    score = make_job(
+        site,
+        name=f"{name}_score",
+        kind="score",
+        run_dir=run_dir,
+        arguments=(
+            *("-m", "speechllm", "generate", run, *splits),
+            *("--merge", str(options.parts), *options.overrides),
+        ),
+    )
+    return [array, score]
+
+
+def run_of(path: str) -> str:
+    """The run directory of a run or checkpoint directory. Raises ConfigError for anything else."""
+    resolved = Path(path).resolve()
+    for run in (Path(path), resolved, *resolved.parents[:2]):
+        if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
+            return str(run)
+    raise ConfigError(f"{path}: neither a run directory with checkpoints nor a checkpoint of one")
+
+
+def _numbers(count: int) -> Sequence[int]:
+    return range(1, count + 1)

@@ -1,0 +1,199 @@
+"""speechllm-submit train and sweep."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from speechllm.cluster.job import Job, Variant
+from speechllm.cluster.options import (
+    add_job_options,
+    checked_name,
+    gpus_of,
+    make_job,
+    site_of,
+    submit_all,
+)
+from speechllm.cluster.profile import SiteProfile
+from speechllm.config.load import dump_config, load_config
+from speechllm.config.schema import Config
+from speechllm.errors import ConfigError
+
+
+def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("train", help="train on one or more hosts")
+    _config_options(parser)
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="hosts (default: 1)")
+    parser.add_argument(
+        "--min-nodes", type=int, metavar="N",
+        help="where a host is lost, go on with so many (default: wait for all)",
+    )  # fmt: skip
+    _process_options(parser)
+    parser.add_argument(
+        "--chain", type=int, default=1, metavar="N",
+        help="submit N times, each held on the one before (default: 1)",
+    )  # fmt: skip
+    add_job_options(parser)
+    parser.set_defaults(command=train)
+
+
+def add_sweep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "sweep", help="train each combination of some values, in one array job"
+    )
+    _config_options(parser)
+    parser.add_argument(
+        "--vary", action="append", required=True, metavar="a.b=X,Y,...",
+        help="values of a key; several keys make every combination",
+    )  # fmt: skip
+    _process_options(parser)
+    add_job_options(parser)
+    parser.set_defaults(command=sweep)
+
+
+def train(options: argparse.Namespace) -> int:
+    job, config = train_job(options, site_of(options))
+    if options.chain < 1:
+        raise ConfigError("--chain must be 1 or more")
+    if not options.dry_run:
+        _keep_config(job, "config.yaml", config)
+    submit_all([job], options, chain=options.chain)
+    return 0
+
+
+def train_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, Config]:
+    """The job, and the configuration that it will read from its own folder.
+
+    Raises ConfigError where configuration, profile and options do not fit together.
+    """
+    config = checked_config(options.config, options.overrides)
+    assert config.run_dir is not None
+    name = checked_name(options, Path(config.run_dir).name)
+    if options.nodes < 1 or not 1 <= (options.min_nodes or 1) <= options.nodes:
+        raise ConfigError("--nodes must be 1 or more, and --min-nodes between 1 and that")
+    job = make_job(
+        site,
+        name=name,
+        kind="train",
+        run_dir=config.run_dir,
+        arguments=("train", str(Path(config.run_dir, "cluster", name, "config.yaml"))),
+        nodes=options.nodes,
+        min_nodes=options.min_nodes or options.nodes,
+        mode="single" if options.nodes == 1 else "pe" if site.pe else "array",
+        **process_fields(options, site),
+    )
+    return job, config
+
+
+def sweep(options: argparse.Namespace) -> int:
+    job, configs = sweep_job(options, site_of(options))
+    if not options.dry_run:
+        for number, config in enumerate(configs, start=1):
+            _keep_config(job, f"config.{number}.yaml", config)
+    submit_all([job], options)
+    return 0
+
+
+def sweep_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, list[Config]]:
+    """An array job with one task for each combination; each has a run directory below RUN."""
+    base = checked_config(options.config, options.overrides)
+    assert base.run_dir is not None
+    name = checked_name(options, Path(base.run_dir).name)
+    folder = Path(base.run_dir, "cluster", name)
+    configs, variants = [], []
+    for number, chosen in enumerate(combinations(options.vary), start=1):
+        run_dir = str(Path(base.run_dir, variant_name(chosen)))
+        overrides = [*options.overrides, *chosen, f"run_dir={run_dir}"]
+        configs.append(checked_config(options.config, overrides))
+        file = folder / f"config.{number}.yaml"
+        variants.append(Variant(arguments=(str(file),), run_dir=run_dir))
+    job = make_job(
+        site,
+        name=name,
+        kind="train",
+        run_dir=base.run_dir,
+        arguments=("train",),
+        variants=tuple(variants),
+        **process_fields(options, site),
+    )
+    if len({config.run_dir for config in configs}) != len(configs):
+        raise ConfigError("two combinations of --vary are the same")
+    return job, configs
+
+
+def combinations(varied: Sequence[str]) -> list[tuple[str, ...]]:
+    """["a=1,2", "b=x,y"] -> [("a=1", "b=x"), ("a=1", "b=y"), ("a=2", "b=x"), ("a=2", "b=y")].
+
+    Commas in brackets do not separate. Raises ConfigError where a key has no values.
+    """
+    choices = []
+    for one in varied:
+        key, equals, values = one.partition("=")
+        parts = re.findall(r"(?:[^,\[\](){}]|\[[^\]]*\]|\{[^}]*\})+", values)
+        if not equals or not key or not parts:
+            raise ConfigError(f"--vary {one}: expected KEY=X,Y,..., as in optim.lr=1e-4,3e-4")
+        choices.append([f"{key}={part}" for part in parts])
+    return list(itertools.product(*choices))
+
+
+def variant_name(chosen: Sequence[str]) -> str:
+    """A directory for a combination: the last parts of the keys with their values."""
+    short = (
+        f"{one.partition('=')[0].rpartition('.')[2]}={one.partition('=')[2]}" for one in chosen
+    )
+    return re.sub(r"[^A-Za-z0-9_.=+-]+", "-", "_".join(short))
+
+
+def checked_config(path: str, overrides: Sequence[str]) -> Config:
+    """The configuration with an absolute run directory, known to name data that exist here.
+
+    A mistake found now costs nothing; found by the job, it costs the wait in the queue.
+    """
+    config = load_config(path, overrides)
+    if config.run_dir is None:
+        raise ConfigError(f"{path}: run_dir is missing; give it, as in run_dir=exp/first")
+    if not config.data.train:
+        raise ConfigError(f"{path}: data.train is missing; give it, as in data.train=data/train")
+    for key, patterns in (("train", config.data.train), ("validation", config.data.validation)):
+        for pattern in patterns:
+            simple = "://" not in pattern and "::" not in pattern and "{" not in pattern
+            if simple and not glob.glob(pattern, recursive=True) and not os.path.exists(pattern):
+                raise ConfigError(f"data.{key}: {pattern}: no such directory or files here")
+    return config.model_copy(update={"run_dir": os.path.abspath(config.run_dir)})
+
+
+def process_fields(options: argparse.Namespace, site: SiteProfile) -> dict[str, object]:
+    gpus = gpus_of(options, site)
+    return {
+        "gpus_per_node": gpus,
+        "procs_per_node": options.procs_per_node or max(1, gpus),
+        "launcher": options.launcher,
+    }
+
+
+def _keep_config(job: Job, name: str, config: Config) -> None:
+    """The job reads this copy, so that the file may be changed while the job waits."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / name).write_text(dump_config(config), encoding="utf-8")
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=value", help="override a key of the file"
+    )
+
+
+def _process_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus-per-node", type=int, metavar="N", help="of each host (default: 1 if there are any)"
+    )
+    parser.add_argument(
+        "--procs-per-node", type=int, metavar="N", help="default: one for each GPU, else one"
+    )
+    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun")
