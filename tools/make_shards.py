@@ -5,6 +5,10 @@ and any further fields, which are kept. The order is shuffled by --seed. An inte
 with the same command. Writes into --out: NAME-000000.tar, NAME-000000.index.arrow, ...,
 shards.jsonl (the plan and what is finished), report.json and dropped.jsonl (what was left out, and
 why).
+
+Several hosts share the work as `--task 1 --num-tasks N` to `--task N --num-tasks N` with the same
+other options, at the same time or not; then `--check-complete` says whether every shard is there,
+and writes the reports. The shards are the same files as those of one process.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from rich.table import Table
 from shard_console import hours, progress_bar, run, show, size
 
 from speechllm.data.files import write_atomically
+from speechllm.data.journal import Share
 from speechllm.data.manifest import Manifest, read_manifest
-from speechllm.data.packing import PackReport, PackSettings, pack, survey_manifest
+from speechllm.data.packing import PackReport, PackSettings, complete, pack, survey_manifest
 from speechllm.data.pool import available_cores
 from speechllm.data.prepare import AudioSettings, Dropped
 from speechllm.data.shards import parse_size
@@ -34,7 +39,13 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--out {options.out}: must be a local directory; copy the shards there")
     audio = AudioSettings(options.mode, options.min_seconds, options.max_seconds)
     settings = PackSettings(options.shard_size, options.seed, audio)
+    share = share_of(options)
     manifest = read_manifest(options.manifest)
+    if options.check_complete:
+        report = complete(manifest, options.out, settings)
+        write_report(options.out, manifest, settings, report)
+        print_report(options.out, report)
+        return 0
     if options.dry_run:
         print_survey(manifest, settings, options.num_workers)
         return 0
@@ -46,10 +57,28 @@ def main(arguments: Sequence[str]) -> int:
             num_workers=options.num_workers,
             overwrite=options.overwrite,
             progress=progress,
+            share=share,
         )
-    write_report(options.out, manifest, settings, report)
+    if share is None:
+        write_report(options.out, manifest, settings, report)
     print_report(options.out, report)
     return 0
+
+
+def share_of(options: argparse.Namespace) -> Share | None:
+    """The task's share; None for a single process. Raises UserError for half a task."""
+    if options.task is None and options.num_tasks is None:
+        return None
+    if options.task is None or options.num_tasks is None:
+        raise UserError("--task and --num-tasks belong together, as in --task 1 --num-tasks 4")
+    if not 1 <= options.task <= options.num_tasks:
+        raise UserError(f"--task {options.task}: tasks are numbered 1 to {options.num_tasks}")
+    if options.overwrite or options.check_complete:
+        raise UserError(
+            "--task goes with neither --overwrite (it would remove the shards of other tasks; "
+            "remove the directory first) nor --check-complete (which is for after all tasks)"
+        )
+    return Share(options.task, options.num_tasks)
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -64,6 +93,11 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num-workers", type=int, default=available_cores(), help="processes")
     parser.add_argument("--seed", type=_seed, default=0, help="of the shuffling (default 0)")
     parser.add_argument("--overwrite", action="store_true", help="make all shards anew")
+    parser.add_argument("--task", type=int, metavar="K", help="make the K-th share of the shards")
+    parser.add_argument("--num-tasks", type=int, metavar="N", help="number of shares")
+    parser.add_argument(
+        "--check-complete", action="store_true", help="after all tasks: is every shard there?"
+    )
     parser.add_argument("--dry-run", action="store_true", help="look at the headers, write nothing")
     parser.add_argument("--min-seconds", type=float, default=0.0, help="drop shorter utterances")
     parser.add_argument("--max-seconds", type=float, help="drop longer utterances")
@@ -142,7 +176,7 @@ def print_report(out: str, report: PackReport) -> None:
     for row in _drop_rows(report.dropped):
         table.add_row(*row)
     show(table)
-    if report.dropped:
+    if report.dropped and os.path.exists(os.path.join(out, "dropped.jsonl")):
         print(f"what was dropped, and why: {os.path.join(out, 'dropped.jsonl')}")
 
 

@@ -2,6 +2,9 @@
 
 Its first line is the plan: the manifest's hash, the settings, and which part of the shuffled
 manifest makes up which shard. Every finished shard adds a line.
+
+Tasks that share the work on several hosts write a file each, `DIR/shards-00002-of-00008.jsonl`, so
+that they need no locks; together they are read as one.
 """
 
 from __future__ import annotations
@@ -17,6 +20,21 @@ from speechllm.data.prepare import Dropped
 from speechllm.errors import DataError
 
 NAME = "shards.jsonl"
+
+
+@dataclass(frozen=True)
+class Share:
+    """Task `task` (from 1) of `num_tasks` makes every num_tasks-th shard."""
+
+    task: int
+    num_tasks: int
+
+    def of(self, tars: list[str]) -> list[str]:
+        return tars[self.task - 1 :: self.num_tasks]
+
+    @property
+    def journal(self) -> str:
+        return f"shards-{self.task:05d}-of-{self.num_tasks:05d}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -49,14 +67,32 @@ class ShardReport:
 
 
 def read_journal(directory: str) -> tuple[Plan, dict[str, ShardReport]] | None:
-    """The plan and the finished shards by tar; None where there is no plan.
+    """The plan and the finished shards by tar, of all tasks; None where there is no plan.
 
     A last line that a kill has cut short is as good as none. Raises DataError for anything else
-    that is no such file.
+    that is no such file, and where two tasks have planned differently.
     """
-    path = os.path.join(directory, NAME)
-    if not os.path.exists(path):
+    whole = os.path.join(directory, NAME)
+    paths = [*([whole] if os.path.exists(whole) else []), *task_journals(directory)]
+    if not paths:
         return None
+    plan, reports = _read(directory, paths[0])
+    for path in paths[1:]:
+        other, more = _read(directory, path)
+        if other != plan:
+            raise DataError(
+                f"{path}: plans other shards than {paths[0]}: the audio or the settings have "
+                "changed in between; choose another --out, or make all anew with --overwrite"
+            )
+        reports |= more
+    return plan, reports
+
+
+def task_journals(directory: str) -> list[str]:
+    return sorted(glob.glob(os.path.join(glob.escape(directory), "shards-*-of-*.jsonl")))
+
+
+def _read(directory: str, path: str) -> tuple[Plan, dict[str, ShardReport]]:
     try:
         with open(path, encoding="utf-8") as file:
             records = [json.loads(line) for line in file if line.endswith("\n")]
@@ -72,21 +108,28 @@ def read_journal(directory: str) -> tuple[Plan, dict[str, ShardReport]] | None:
         ) from error
 
 
-def write_journal(directory: str, plan: Plan, reports: dict[str, ShardReport]) -> None:
+def write_journal(
+    directory: str, plan: Plan, reports: dict[str, ShardReport], name: str = NAME
+) -> None:
     """Start the file anew with what is known."""
     text = json.dumps(asdict(plan)) + "\n" + "".join(journal_line(one) for one in reports.values())
-    write_atomically(os.path.join(directory, NAME), text.encode())
+    write_atomically(os.path.join(directory, name), text.encode())
 
 
 def journal_line(report: ShardReport) -> str:
     return json.dumps({**asdict(report), "shard": os.path.basename(report.shard)}) + "\n"
 
 
-def refuse_foreign(directory: str) -> None:
-    """Raise DataError where the directory holds shards that no journal tells of."""
+def tars_in(directory: str) -> list[str]:
+    """Raises DataError where the directory is a file."""
     if os.path.exists(directory) and not os.path.isdir(directory):
         raise DataError(f"{directory}: is a file; --out must be a directory")
-    if foreign := glob.glob(os.path.join(glob.escape(directory), "*.tar")):
+    return glob.glob(os.path.join(glob.escape(directory), "*.tar"))
+
+
+def refuse_foreign(directory: str, foreign: list[str]) -> None:
+    """Raise DataError where there are tars that no journal tells of."""
+    if foreign:
         raise DataError(
             f"{directory}: holds tars that make_shards did not write "
             f"({os.path.basename(min(foreign))}, ...); choose an empty directory"

@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,10 +23,13 @@ from speechllm.data.index import index_path, open_index
 from speechllm.data.journal import (
     Plan,
     ShardReport,
+    Share,
     journal_line,
     read_journal,
     refuse_foreign,
     refuse_other,
+    tars_in,
+    task_journals,
     write_journal,
 )
 from speechllm.data.manifest import Manifest
@@ -136,16 +139,22 @@ def pack(
     num_workers: int,
     overwrite: bool,
     progress: Progress,
+    share: Share | None = None,
 ) -> PackReport:
     """Make, or go on making, the shards of a manifest in a local directory.
+
+    share: make only these, while other tasks make the others; the report is of these. Each shard
+    is the same file whoever makes it. `complete` tells whether all are there.
 
     Raises DataError where the directory holds shards of another manifest, of other settings, or of
     another tool (remedy: overwrite, or another directory), and where no utterance is left.
     """
+    assert not (share and overwrite), "a task would remove the shards of the others"
     wanted = Plan(manifest.sha256, manifest.name, settings.by_name(), [])
+    tars = tars_in(directory)  # first: another task writes its journal before its first shard
     found = read_journal(directory)
     if found is None:
-        refuse_foreign(directory)
+        refuse_foreign(directory, tars)
     elif not overwrite:
         refuse_other(directory, found[0], wanted)
     order = shuffled(manifest.ids, settings.seed)
@@ -159,27 +168,72 @@ def pack(
         plan, reports = found
     os.makedirs(directory, exist_ok=True)
     tars = plan.tars(directory)
-    reports = {tar: reports[tar] for tar in tars if tar in reports and _is_whole(tar)}
-    _clear_leftovers(directory)
-    write_journal(directory, plan, reports)
+    mine = set(tars if share is None else share.of(tars))
+    reports = {
+        tar: reports[tar] for tar in tars if tar in mine and tar in reports and _is_whole(tar)
+    }
+    _clear_leftovers(directory, mine if share else None)
+    name = journal.NAME if share is None else share.journal
+    write_journal(directory, plan, reports, name)
     tasks = [
         ShardTask(tar, _lines(manifest, order[first:last].tolist()))
         for tar, first, last in zip(tars, plan.cuts, plan.cuts[1:], strict=False)
-        if tar not in reports
+        if tar in mine and tar not in reports
     ]
     results = map_unordered(partial(pack_shard, settings=settings.audio), tasks, num_workers)
-    done = len(manifest) - sum(len(task.lines.lines) for task in tasks)
-    progress("Writing shards", done, len(manifest))
-    with open(os.path.join(directory, journal.NAME), "a", encoding="utf-8") as file:
+    lines = sum(
+        last - first
+        for tar, first, last in zip(tars, plan.cuts, plan.cuts[1:], strict=False)
+        if tar in mine
+    )
+    done = lines - sum(len(task.lines.lines) for task in tasks)
+    progress("Writing shards", done, lines)
+    with open(os.path.join(directory, name), "a", encoding="utf-8") as file:
         for i, report in results:
             reports[tasks[i].tar] = report
             file.write(journal_line(report))
             file.flush()
             os.fsync(file.fileno())
             done += len(tasks[i].lines.lines)
-            progress("Writing shards", done, len(manifest))
-    reports = {tar: reports[tar] for tar in tars}
+            progress("Writing shards", done, lines)
+    if share is None:
+        return _finish(manifest, directory, plan, reports)
+    reports = {tar: reports[tar] for tar in tars if tar in mine}
+    write_journal(directory, plan, reports, name)
+    return _total(list(reports.values()))
+
+
+def complete(manifest: Manifest, directory: str, settings: PackSettings) -> PackReport:
+    """The totals of the shards that several tasks have made; their journals become one.
+
+    Raises DataError where a shard is missing or not whole (remedy: the same tasks again), and as
+    `pack` does where the directory is of something else.
+    """
+    found = read_journal(directory)
+    if found is None:
+        raise DataError(f"{directory}: no task has made any shards here")
+    plan, reports = found
+    wanted = Plan(manifest.sha256, manifest.name, settings.by_name(), [])
+    refuse_other(directory, plan, wanted)
+    tars = plan.tars(directory)
+    missing = [os.path.basename(t) for t in tars if t not in reports or not _is_whole(t)]
+    if missing:
+        listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise DataError(
+            f"{directory}: {len(missing)} of {len(tars)} shards are missing ({listed}); run the "
+            "same tasks again, or make_shards once without --task, which makes what is left"
+        )
+    return _finish(manifest, directory, plan, reports)
+
+
+def _finish(
+    manifest: Manifest, directory: str, plan: Plan, reports: dict[str, ShardReport]
+) -> PackReport:
+    """Write the whole journal; those of tasks go."""
+    reports = {tar: reports[tar] for tar in plan.tars(directory)}
     write_journal(directory, plan, reports)
+    for path in task_journals(directory):
+        os.remove(path)
     total = _total(list(reports.values()))
     assert total.utterances + len(total.dropped) == len(manifest)
     if total.utterances == 0:
@@ -232,12 +286,12 @@ def _nothing_left(manifest: Manifest, dropped: Sequence[Dropped]) -> DataError:
 
 
 def _remove_shards(directory: str, plan: Plan) -> None:
-    """The journal goes last: until then another --overwrite can finish the work."""
-    for tar in plan.tars(directory):
-        for path in (tar, index_path(tar)):
-            if os.path.exists(path):
-                os.remove(path)
-    os.remove(os.path.join(directory, journal.NAME))
+    """The journals go last: until then another --overwrite can finish the work."""
+    journals = [os.path.join(directory, journal.NAME), *task_journals(directory)]
+    shards = plan.tars(directory)
+    for path in (*shards, *map(index_path, shards), *journals):
+        if os.path.exists(path):
+            os.remove(path)
 
 
 def _is_whole(tar: str) -> bool:
@@ -248,10 +302,13 @@ def _is_whole(tar: str) -> bool:
     return True
 
 
-def _clear_leftovers(directory: str) -> None:
-    """What a killed run was writing."""
-    for leftover in glob.glob(os.path.join(glob.escape(directory), "*.tmp-*")):
-        os.remove(leftover)
+def _clear_leftovers(directory: str, tars: Set[str] | None) -> None:
+    """What a killed run was writing; where other tasks write here too, only of these shards."""
+    found = glob.glob(os.path.join(glob.escape(directory), "*.tmp-*"))
+    for leftover in found:
+        shard = leftover.rpartition(".tmp-")[0]
+        if tars is None or shard in tars or shard in map(index_path, tars):
+            os.remove(leftover)
 
 
 def _total(reports: Sequence[ShardReport]) -> PackReport:

@@ -11,6 +11,7 @@ from speech_files import write_corpus
 
 from speechllm.data.index import open_corpus
 from speechllm.data.store import Store
+from speechllm.errors import DataError, UserError
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
 
@@ -92,3 +93,80 @@ def test_a_users_error_has_no_traceback(tmp_path: Path) -> None:
     assert result.stderr.startswith(f"error: {manifest}:2: not JSON")
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 9])
+def test_tasks_make_the_files_that_one_process_makes(
+    tmp_path: Path, tasks: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_corpus(tmp_path / "in", 20, seconds=(0.1, 0.3))
+    with open(manifest, "a") as file:
+        file.write(json.dumps({"id": "lost", "audio": "lost.wav", "text": "x"}) + "\n")
+    same = ["--shard-size", "12kB", "--num-workers", "1", "--seed", "5"]
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    assert main([str(manifest), "--out", str(whole), *same]) == 0
+    command = [str(manifest), "--out", str(shared), *same]
+    order = [*range(2, tasks + 1), 1]
+    for task in order[:-1]:
+        assert main([*command, "--task", str(task), "--num-tasks", str(tasks)]) == 0
+    with pytest.raises(DataError, match=r"missing .*-000000\.tar"):
+        main([*command, "--check-complete"])
+    assert main([*command, "--task", "1", "--num-tasks", str(tasks)]) == 0
+    capsys.readouterr()
+    for _ in range(2):
+        assert main([*command, "--check-complete"]) == 0
+    assert "dropped: missing" in capsys.readouterr().out
+    assert files_of(shared) == files_of(whole)
+    assert len(list(whole.glob("*.tar"))) > 3
+
+
+def test_a_task_goes_on_with_what_is_there_and_leaves_others_alone(tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path / "in", 12, seconds=(0.1, 0.3))
+    out = tmp_path / "out"
+    command = [str(manifest), "--out", str(out), "--shard-size", "12kB", "--num-workers", "1"]
+    assert main([*command, "--task", "1", "--num-tasks", "2"]) == 0
+    first = sorted(out.glob("*.tar"))
+    times = [tar.stat().st_mtime_ns for tar in first]
+    being_written = out / f"{first[0].name.replace('000000', '000001')}.tmp-77"
+    own_leftover = out / f"{first[0].name}.tmp-78"
+    for file in (being_written, own_leftover):
+        file.write_bytes(b"half")
+    assert main([*command, "--task", "1", "--num-tasks", "2"]) == 0
+    assert [tar.stat().st_mtime_ns for tar in first] == times
+    assert being_written.exists()
+    assert not own_leftover.exists()
+    being_written.unlink()
+    assert main(command) == 0  # without --task: makes what is left, and all is one again
+    assert not list(out.glob("shards-*"))
+    assert len(open_corpus([str(out)])) == 12
+
+
+def test_tasks_with_other_settings_are_refused(tmp_path: Path) -> None:
+    manifest = write_corpus(tmp_path / "in", 8, seconds=(0.1, 0.2))
+    command = [str(manifest), "--out", str(tmp_path / "out"), "--num-workers", "1"]
+    with pytest.raises(DataError, match="no task has made any shards"):
+        main([*command, "--check-complete"])
+    assert main([*command, "--task", "1", "--num-tasks", "2"]) == 0
+    with pytest.raises(DataError, match="made with seed 0, not 1"):
+        main([*command, "--task", "2", "--num-tasks", "2", "--seed", "1"])
+    with pytest.raises(DataError, match="made with seed 0, not 1"):
+        main([*command, "--check-complete", "--seed", "1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--task", "1"], "belong together"),
+        (["--num-tasks", "2"], "belong together"),
+        (["--task", "3", "--num-tasks", "2"], "numbered 1 to 2"),
+        (["--task", "1", "--num-tasks", "2", "--overwrite"], "--overwrite"),
+    ],
+)
+def test_wrong_tasks_are_refused(tmp_path: Path, arguments: list[str], said: str) -> None:
+    manifest = write_corpus(tmp_path / "in", 2, seconds=(0.1, 0.2))
+    with pytest.raises(UserError, match=said):
+        main([str(manifest), "--out", str(tmp_path / "out"), *arguments])
