@@ -197,9 +197,9 @@ def _import_deepspeed(config: Config) -> Any:
     # Of PyTorch, several a step, about collectives that DeepSpeed calls by their old names.
     warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+_tensor", FutureWarning)
     if on_cpu:
-        # Else it compiles C++ for its own collectives through shared memory: 40 s, and a failure
-        # where there is no compiler.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Nothing it could compile is wanted: its collectives through shared memory take 40 s, and
+        # fail where there is no compiler. To look what could be runs the compiler too.
+        deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
