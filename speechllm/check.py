@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from speechllm.checkpoint import complete_checkpoints, read_checkpoint
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
 from speechllm.model.identity import missing
-from speechllm.model.size import count_parameters
+from speechllm.planner.advice import config_name, job_of, machine_here, worst_parts
+from speechllm.planner.architecture import read_architecture
+from speechllm.planner.command import utterances_of
 from speechllm.prepare import epoch_plans, open_split, prepare_text, settle_precision
 
 GIB = 2**30
@@ -43,7 +44,7 @@ def check(config: Config) -> Findings:
         findings.bad(name)
     if not absent:
         findings.good("weights of encoder and LLM, tokenizer")
-        _check_memory(config, findings, on_gpu=on_gpu)
+        _check_memory(config, findings)
         _check_data(config, findings)
     else:
         findings.lines.append("  -        shards: not looked at, their cost needs the tokenizer")
@@ -86,24 +87,25 @@ def _check_data(config: Config, findings: Findings) -> None:
             )
 
 
-def _check_memory(config: Config, findings: Findings, *, on_gpu: bool) -> None:
-    """A lower bound: weights, gradients and Adam's moments; activations come on top."""
-    frozen, trained = count_parameters(config.model)
-    narrow = config.precision == "bf16" and config.model.frozen_dtype == "auto"
-    need = (frozen * (2 if narrow else 4) + trained * 16) / GIB
-    if on_gpu:
-        have, where = torch.cuda.mem_get_info()[0] / GIB, "free on the GPU"
-    else:
-        have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        where = "free on this machine"
-    text = (
-        f"memory: {frozen / 1e6:.1f} M frozen and {trained / 1e6:.1f} M trained parameters take "
-        f"{need:.2f} GiB a rank before activations, {have:.1f} GiB {where}"
+def _check_memory(config: Config, findings: Findings) -> None:
+    """What `speechllm plan` predicts for the configured strategy on this machine."""
+    machine = machine_here(config, gpus=None, nodes=1, gpu_memory=None)
+    about = read_architecture(config.model)
+    utterances, _ = utterances_of(config)
+    job, strategy = job_of(config, about, machine), config_name(config)
+    need = sum(
+        worst_parts(config, job, utterances, config.data.microbatch_tokens, strategy).values()
     )
-    if need < have:
+    text = (
+        f"memory: {about.frozen_parameters / 1e6:.1f} M frozen and "
+        f"{about.trained_parameters / 1e6:.1f} M trained parameters; {strategy} on "
+        f"{machine.ranks} rank(s) is predicted to take up to {need / GIB:.2f} GiB a rank of the "
+        f"{machine.usable / GIB:.1f} GiB that can be used here"
+    )
+    if need < machine.usable:
         findings.good(text)
     else:
-        findings.bad(text)
+        findings.bad(f"{text}; `speechllm plan` says what fits")
 
 
 def _check_run_dir(config: Config, findings: Findings) -> None:

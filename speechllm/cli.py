@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="predict memory and traffic of every strategy, and recommend one",
         description="Memory of a rank and bytes on the wire of a step under every strategy, which "
         "of them fit, which to take, and the largest token budget under it. Downloads nothing and "
-        "needs no weights: models that are not on this machine are known by their published shapes.",
+        "needs no weights: of models that are not on this machine, published shapes are known.",
         epilog=PLAN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

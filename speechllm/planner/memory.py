@@ -1,0 +1,161 @@
+"""Bytes of tensors that one rank holds at its highest moment of a step, under each strategy.
+
+W ranks, P parameters that train (fp32), F bytes of frozen weights. What each strategy divides
+follows ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) and FSDP (Zhao et al. 2023,
+arXiv:2304.11277). ZeRO and FSDP2 have never been measured on GPUs here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from speechllm.planner import activations as kept
+from speechllm.planner.activations import FLOAT, Setting, Shape
+from speechllm.planner.architecture import Architecture
+from speechllm.planner.workload import audio_bytes
+from speechllm.strategy.zero_config import ZeRO
+
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp2", "zero3", "zero3_offload")  # the simplest first
+PARTS = (
+    "frozen_llm", "frozen_encoder", "ctc_head", "trainable", "gradients", "optimizer",
+    "activations", "logits", "gathered", "buckets", "batch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that estimates depend on, besides the microbatch.
+
+    microbatches: of one rank in a step. zero: the ZeRO settings of each strategy of that kind.
+    reshard: whether fsdp2 frees gathered weights after a layer's forward. ctc: the head of that
+    objective is held.
+    """
+
+    architecture: Architecture
+    setting: Setting
+    ranks: int
+    microbatches: int
+    zero: Mapping[str, ZeRO]
+    reshard: bool
+    ctc: bool
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of the step at which memory may be highest.
+
+    activations: bytes, logits apart. backward: whether gradients of this microbatch are there.
+    """
+
+    activations: int
+    logits: int
+    backward: bool
+
+
+def estimate_memory(job: Job, shape: Shape, strategy: str) -> dict[str, int]:
+    """Bytes of each of `PARTS` at the highest moment of a step of `shape` microbatches."""
+    return max(
+        (_parts(job, shape, strategy, moment) for moment in moments(job, shape)),
+        key=lambda parts: sum(parts.values()),
+    )
+
+
+def moments(job: Job, shape: Shape) -> list[Moment]:
+    """The encoder's forward; the start of the LLM's backward; the end of it, where the connector's
+    gradients are made."""
+    about, setting = job.architecture, job.setting
+    below = kept.connector(about, setting, shape)
+    if about.whisper is not None:
+        frame = kept.encoder_layer(about.whisper, setting)
+        if setting.checkpointing:
+            frame = about.whisper.width * setting.compute
+        below += about.unfrozen_layers * frame * shape.rows * shape.frames
+    logits = kept.logits(about.llm, shape.labels)
+    above = kept.decoder(about, setting, shape)
+    # The cross entropy's working space is released before the first layer's is needed.
+    layer = kept.decoder_backward(about, setting, shape)
+    return [
+        Moment(kept.encoder_forward(about, setting, shape), 0, backward=False),
+        Moment(below + above, logits, backward=False),
+        Moment(below + above + layer, 0, backward=False),
+        Moment(below + kept.connector_backward(about, setting, shape), 0, backward=True),
+    ]
+
+
+def _parts(job: Job, shape: Shape, strategy: str, moment: Moment) -> dict[str, int]:
+    about, ranks, size = job.architecture, job.ranks, job.setting.frozen
+    trained = FLOAT * about.trained_parameters
+    share = -(-trained // ranks)
+    # Gradients of earlier microbatches stand while the next one runs; DDP's buckets always do.
+    standing = job.microbatches > 1 or moment.backward
+    parts = dict.fromkeys(PARTS, 0)
+    parts["frozen_llm"] = size * about.llm.parameters
+    parts["frozen_encoder"] = size * about.frozen_encoder_parameters
+    parts["ctc_head"] = size * about.llm.embedding_parameters if job.ctc else 0
+    parts["activations"], parts["logits"] = moment.activations, moment.logits
+    parts["batch"] = audio_bytes(shape)
+    match strategy:
+        case "ddp":
+            parts["trainable"], parts["optimizer"] = trained, 2 * trained
+            parts["gradients"] = trained if standing or ranks > 1 else 0
+        case "zero1" | "zero2":
+            # A share of the weights is held once more, as the optimizer's own.
+            parts["trainable"], parts["optimizer"] = trained + share, 2 * share
+            whole = trained if strategy == "zero1" else share
+            parts["gradients"] = whole if standing else 0
+            if moment.backward:
+                parts["gradients"] += share
+            parts["buckets"] = _bucket_bytes(job.zero[strategy], trained, ranks)
+        case "zero3" | "zero3_offload":
+            settings = job.zero[strategy]
+            parts["frozen_llm"] = -(-parts["frozen_llm"] // ranks)
+            parts["frozen_encoder"] = -(-parts["frozen_encoder"] // ranks)
+            parts["trainable"], parts["optimizer"] = 2 * share, 2 * share
+            parts["gradients"] = share + (share if moment.backward else 0)
+            parts["gathered"] = _live_bytes(job, settings)
+            parts["buckets"] = min(trained, FLOAT * settings.reduce_bucket_size)
+            if settings.offload_param is not None:
+                parts["frozen_llm"] = parts["frozen_encoder"] = 0
+            if settings.offload_optimizer is not None:
+                parts["trainable"] = 0 if settings.offload_param is not None else share
+                parts["optimizer"] = parts["gradients"] = 0
+        case "fsdp2":
+            parts["frozen_llm"] = -(-parts["frozen_llm"] // ranks)
+            parts["frozen_encoder"] = -(-parts["frozen_encoder"] // ranks)
+            parts["trainable"], parts["optimizer"] = share, 2 * share
+            # Not reduced before the last microbatch, so whole until then.
+            parts["gradients"] = trained if job.microbatches > 1 else share * moment.backward
+            parts["gathered"] = _gathered_bytes(job, trained)
+    return parts
+
+
+def _bucket_bytes(settings: ZeRO, trained: int, ranks: int) -> int:
+    """DeepSpeed's contiguous buffers for gradients on their way: one, or two with overlap."""
+    if settings.contiguous_gradients:
+        return FLOAT * settings.reduce_bucket_size * (2 if settings.overlap_comm else 1)
+    return min(trained, FLOAT * settings.reduce_bucket_size)
+
+
+def _live_bytes(job: Job, settings: ZeRO) -> int:
+    """ZeRO-3 keeps gathered weights up to `stage3_max_live_parameters`, above that the layer which
+    is needed: at most all."""
+    about, size = job.architecture, job.setting.frozen
+    largest = max(about.llm.layer_parameters, about.llm.embedding_parameters)
+    live = settings.stage3_max_live_parameters + largest
+    return size * min(about.frozen_parameters, live) + FLOAT * about.connector_parameters
+
+
+def _gathered_bytes(job: Job, trained: int) -> int:
+    """FSDP2 holds what belongs to no layer (embeddings, output matrix, convolutions), the layer
+    that runs, the next one that is fetched, and the buffer from which that one is copied. Without
+    resharding: everything."""
+    about, size = job.architecture, job.setting.frozen
+    if not job.reshard:
+        return size * about.frozen_parameters + trained
+    root = about.llm.parameters - about.llm.layers * about.llm.layer_parameters
+    unit = about.llm.layer_parameters
+    if about.whisper is not None:
+        root += about.whisper.parameters - about.whisper.layers * about.whisper.layer_parameters
+        unit = max(unit, about.whisper.layer_parameters)
+    return size * (root + 3 * unit) + FLOAT * about.connector_parameters

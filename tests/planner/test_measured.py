@@ -1,0 +1,168 @@
+"""Predictions beside what real steps take on a CPU, to within 15 %."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+import pytest
+from runs import ROOT, TINY
+from speech_models import asr, batch_of, noise
+
+from speechllm.config.load import load_config
+from speechllm.config.schema import Config
+from speechllm.model.build import build_model
+from speechllm.model.hub import fetched_models
+from speechllm.model.tiny import build_tiny_llm, build_tiny_whisper
+from speechllm.planner.activations import Shape
+from speechllm.planner.advice import Machine, job_of
+from speechllm.planner.architecture import read_architecture
+from speechllm.planner.measure import peak_growth, standing_bytes
+from speechllm.planner.memory import estimate_memory
+from speechllm.strategy.ddp import DDPStrategy
+from speechllm.types import Batch
+from speechllm.world import World
+
+TOLERANCE = 0.15
+CPU = torch.device("cpu")
+
+
+def batch_for(config: Config, *, rows: int, seconds: float, text: int) -> Batch:
+    """The first row is the longest: a microbatch has a little padding."""
+    examples = [
+        asr(
+            noise(int(16_000 * seconds) - (160 if row else 0), seed=row),
+            [7] * (text - 2 * (row > 0)),
+        )
+        for row in range(rows)
+    ]
+    return batch_of(config.model, examples)
+
+
+def shape_of(batch: Batch) -> Shape:
+    rows, columns = batch.tokens_BS.shape
+    return Shape(
+        rows,
+        columns,
+        tokens=int(batch.audio_mask_BS.sum(1).max()),
+        frames=-(-batch.audio_AN.shape[1] // 320),
+        labels=batch.num_target_tokens,
+    )
+
+
+def predicted_and_measured(
+    config: Config, *, rows: int = 8, seconds: float = 1.0, text: int = 100, microbatches: int = 1
+) -> tuple[float, float]:
+    """Bytes of a step of one process; the optimizer has its moments already."""
+    model = build_model(
+        config.model,
+        precision=config.precision,
+        device=CPU,
+        seed=1,
+        ctc=config.train.ctc_steps > 0,
+        activation_checkpointing=config.train.activation_checkpointing,
+    )
+    strategy = DDPStrategy(model, config, World(0, 1, 0, CPU))
+    batch = batch_for(config, rows=rows, seconds=seconds, text=text)
+
+    def step(count: int) -> None:
+        for _ in range(count):
+            strategy.backward(strategy.model(batch, "lm").loss * 1e-3)
+        strategy.step(1e-4)
+
+    step(1)
+    standing = standing_bytes(model, strategy.optimizer)
+    growth = peak_growth(lambda: step(microbatches), CPU)
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"microbatches_per_step": microbatches})}
+    )
+    job = job_of(config, read_architecture(config.model), Machine(1, 0, on_cpu=True))
+    parts = estimate_memory(job, shape_of(batch), "ddp")
+    return sum(parts.values()), standing + growth + parts["batch"]
+
+
+def check(config: Config, **microbatch: float) -> None:
+    predicted, measured = predicted_and_measured(config, **microbatch)  # type: ignore[arg-type]
+    assert predicted == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.llm.id=random:llama"],
+        ["model.llm.id=random:olmo2"],
+        ["model.llm.attention=eager"],
+        ["train.activation_checkpointing=true"],
+        ["model.lora.rank=8", "model.lora.targets=all-linear"],
+        ["model.connector.hidden_size=256"],
+    ],
+    ids=lambda overrides: overrides[0].partition(".")[2],
+)
+def test_tiny_models(overrides: list[str]) -> None:
+    check(load_config(TINY, overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.activation_checkpointing=true"],
+        ["model.lora.rank=8"],
+        ["model.frozen_dtype=fp32"],
+    ],
+    ids=lambda overrides: overrides[0].partition(".")[2] if overrides else "frozen",
+)
+def test_tiny_models_in_bf16(overrides: list[str]) -> None:
+    check(load_config(TINY, ["precision=bf16", *overrides]), rows=4, text=60)
+
+
+def test_earlier_microbatches_leave_their_gradients() -> None:
+    check(load_config(TINY, ["model.connector.hidden_size=256"]), microbatches=2)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_long_audio_and_layers_of_the_encoder_that_train(checkpointing: str) -> None:
+    overrides = ["model.unfreeze_encoder_layers=1"]
+    overrides.append(f"train.activation_checkpointing={checkpointing}")
+    check(load_config(TINY, overrides), rows=4, seconds=6.0, text=40)
+
+
+def test_filterbank(tmp_path: Path) -> None:
+    file = tmp_path / "fbank.yaml"
+    file.write_text(
+        "precision: fp32\nmodel: {encoder: {kind: fbank}, llm: {id: 'random:llama'},"
+        " connector: {kind: mlp, hidden_size: 128}}\n"
+    )
+    check(load_config(file, []), rows=4, seconds=6.0, text=40)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_larger_models(tmp_path: Path, checkpointing: str) -> None:
+    llm = build_tiny_llm(tmp_path / "llm", kind="olmo2", hidden=256, layers=6, heads=8)
+    whisper = build_tiny_whisper(tmp_path / "whisper", hidden=128, layers=3)
+    overrides = [f"model.llm.id={llm}", f"model.encoder.id={whisper}"]
+    overrides.append(f"train.activation_checkpointing={checkpointing}")
+    check(load_config(TINY, overrides), seconds=4.0, text=60)
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_pretrained_models(checkpointing: str) -> None:
+    if not (fetched_models() / "whisper-tiny.en").is_dir():
+        pytest.skip("tools/fetch_models.py has not been run")
+    overrides = ["precision=fp32", f"train.activation_checkpointing={checkpointing}"]
+    config = load_config(ROOT / "configs" / "demo.yaml", overrides)
+    check(config, rows=4, seconds=3.0, text=20)
+
+
+def test_what_is_measured_is_what_is_allocated() -> None:
+    kept = []
+
+    def work() -> None:
+        kept.append(torch.zeros(1000))  # 4,000 bytes that stay
+        torch.zeros(3000)  # 12,000 that do not
+        torch.zeros(500)
+
+    assert peak_growth(work, CPU) == 16_000
+    assert peak_growth(lambda: None, CPU) == 0
