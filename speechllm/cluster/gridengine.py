@@ -45,7 +45,7 @@ class GridEngine:
 
     def queued(self) -> list[QueuedTask]:
         """Every task of the user's own jobs, running ones first."""
-        return parse_queue(self._ask("qstat", "-xml", "-g", "d").out)
+        return parse_queue(self._queue("-g", "d"))
 
     def why_pending(self, job_id: str) -> list[str]:
         """The scheduler's reasons; none where it does not tell (schedd_job_info)."""
@@ -85,8 +85,14 @@ class GridEngine:
     def _ask(self, *words: str) -> Output:
         return self.client.patiently(*words, is_busy=_is_away)
 
+    def _queue(self, *options: str) -> str:
+        output = self._ask("qstat", "-xml", *options)
+        if output.code:
+            raise BatchError(f"qstat fails: {output.err or output.out}")
+        return output.out
+
     def _ids_of(self, name: str) -> set[str]:
-        rows = ElementTree.fromstring(self._ask("qstat", "-xml").out).iter("job_list")
+        rows = ElementTree.fromstring(self._queue()).iter("job_list")
         return {_text(row, "JB_job_number") for row in rows if _text(row, "JB_name") == name}
 
     def _reason(self, error: str, arguments: Sequence[str]) -> str:
@@ -154,7 +160,7 @@ def state_of(code: str) -> State:
         return "error"
     if "d" in code:
         return "deleting"
-    if "w" in code:
+    if "w" in code or "q" in code:
         return "held" if "h" in code else "pending"
     return "suspended" if set(code) & set("sST") else "running"
 
