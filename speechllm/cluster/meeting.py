@@ -81,6 +81,7 @@ class Meeting:
         self._clock = clock
         self._start = self._unchanged_since = self._heard = clock()
         self._candidates: list[str] = []
+        self._first_end: float | None = None  # of a member that ended well
         self._bound: int | None = None  # generation that we agreed to
         folder.write(me.file, _text(asdict(me)))
         self.me = replace(me, joined=folder.touch(me.file))
@@ -194,6 +195,10 @@ class Meeting:
                 )
             if result.code not in (0, AGAIN):
                 return Result(result.code, f"{member}: {result.reason}", cause=False)
+            if self._first_end is None:
+                self._first_end = self._clock()
+            elif self._clock() - self._first_end > 2 * self.rules.stale_after:
+                return Result(AGAIN, f"{member} has ended, but not this node", cause=False)
         return None
 
     def conclude(self, group: Generation, own: Result) -> Result | None:
