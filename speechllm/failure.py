@@ -261,7 +261,11 @@ def _lives(process: int) -> bool:
 def _tell_torchrun(failure: Failure) -> None:
     """It ends its output with the `py_callstack` of the earliest of its ranks."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is not None:
-        about = {"py_callstack": failure.text, "timestamp": str(int(failure.time))}
-        message = {"message": failure.text, "extraInfo": about}
+    if path is None:
+        return
+    about = {"py_callstack": failure.text, "timestamp": str(int(failure.time))}
+    message = {"message": failure.text, "extraInfo": about}
+    try:
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+    except OSError as error:
+        sys.stderr.write(f"speechllm: {path}: not written ({error})\n")
