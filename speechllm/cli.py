@@ -26,6 +26,7 @@ examples:
   speechllm wer exp/first/predictions/test.jsonl exp/second/test_predictions.json
   speechllm transcribe exp/first a.wav b.flac
   speechllm report exp/first exp/second
+  speechllm export exp/first --out exp/first/export
 
 exit codes: 0 done; 2 wrong input (the message says what and how to mend it); 99 stopped by a signal
 with a checkpoint written, run the same command again; 1 anything else. torchrun itself exits with 1
@@ -77,6 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train, or go on with a run that was interrupted")
     _config_arguments(train)
+    train.add_argument(
+        "--probe", action="store_true",
+        help="first run the step that needs most memory, and end at once where it does not fit",
+    )  # fmt: skip
     train.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     train.set_defaults(command=_train)
 
@@ -154,6 +159,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", metavar="RUN")
     report.add_argument("--json", action="store_true")
     report.set_defaults(command=_report)
+
+    export = commands.add_parser(
+        "export",
+        help="write trained weights for other software: connector, LoRA as peft has it",
+        epilog="example: speechllm export exp/first --out exp/first/export",
+    )
+    _run_arguments(export)
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new or empty directory"
+    )
+    export.set_defaults(command=_export)
     return parser
 
 
@@ -183,7 +199,7 @@ def _train(options: argparse.Namespace) -> int:
         timeout=config.collective_timeout,
         alone_in_group=config.strategy.kind != "ddp",
     ) as world:
-        return train(config, world)
+        return train(config, world, probe_first=options.probe)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -301,4 +317,14 @@ def _report(options: argparse.Namespace) -> int:
     from speechllm.report.summary import report_command
 
     print(report_command([Path(run) for run in options.runs], options.json))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from speechllm.export import export_run
+
+    written = export_run(options.run, options.out)
+    print("\n".join(map(str, written)))
+    if not any(path.name == "adapter_config.json" for path in written):
+        print(f"{options.run} has no LoRA: nothing for peft", file=sys.stderr)
     return 0

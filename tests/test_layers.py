@@ -33,6 +33,7 @@ FLOORS = {  # unit of the package (a file or a sub-package) -> floor
     "cluster": THIRD,
     "decode": THIRD,
     "evaluate": THIRD,
+    "export": THIRD,
     "planner": THIRD,
     "report": THIRD,
     "run": THIRD,

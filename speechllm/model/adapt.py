@@ -7,6 +7,7 @@ Both are fp32 and whole on the model's device whatever the strategy has done wit
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from speechllm.config import model as schema
 from speechllm.errors import ModelError
 from speechllm.model.weights import WeightFiles
 
+ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # peft's own name for the only adapter of a model
 
 
@@ -32,21 +34,11 @@ def add_lora(llm: PreTrainedModel, cfg: schema.LoRA, device: torch.device) -> No
     Raises:
         ModelError: peft is not installed, or a target is no linear layer of this LLM.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
-    except ImportError as error:
-        raise ModelError(
-            f"model.lora.rank is {cfg.rank}, but peft is not installed ({error}); "
-            'pip install "speechllm[lora]", or set model.lora.rank=0.'
-        ) from error
     _refuse_unknown_targets(llm, cfg.targets)
-    about = LoraConfig(
-        r=cfg.rank,
-        lora_alpha=cfg.alpha,  # type: ignore[arg-type]  # any number will do
-        lora_dropout=cfg.dropout,
-        target_modules="all-linear" if takes_all(cfg) else list(cfg.targets),
-    )
+    about = lora_config(cfg, ALL_LINEAR if takes_all(cfg) else list(cfg.targets))
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     inject_adapter_in_model(about, llm, ADAPTER, low_cpu_mem_usage=True)
     for layer in llm.modules():
         if isinstance(layer, LoraLayer):
@@ -61,8 +53,23 @@ def add_lora(llm: PreTrainedModel, cfg: schema.LoRA, device: torch.device) -> No
                 matrix.weight = nn.Parameter(weight.to(device))
 
 
+def lora_config(cfg: schema.LoRA, targets: str | list[str]) -> Any:
+    """peft's `LoraConfig`. Raises ModelError where peft is not installed."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ModelError(
+            f"model.lora.rank is {cfg.rank}, but peft cannot be imported ({error}); "
+            'pip install "speechllm[lora]", or set model.lora.rank=0.'
+        ) from error
+    alpha: Any = cfg.alpha  # any number will do, whatever peft's hint says
+    return LoraConfig(
+        r=cfg.rank, lora_alpha=alpha, lora_dropout=cfg.dropout, target_modules=targets
+    )
+
+
 def takes_all(cfg: schema.LoRA) -> bool:
-    return cfg.targets == ("all-linear",)
+    return cfg.targets == (ALL_LINEAR,)
 
 
 def lora_dropouts(llm: nn.Module) -> list[nn.Module]:
@@ -100,7 +107,7 @@ def unfreeze_last_layers(
 
 
 def _refuse_unknown_targets(llm: PreTrainedModel, targets: tuple[str, ...]) -> None:
-    if targets == ("all-linear",):
+    if targets == (ALL_LINEAR,):
         return
     linear = [n for n, module in llm.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     unknown = [t for t in targets if not any(n == t or n.endswith(f".{t}") for n in linear)]
