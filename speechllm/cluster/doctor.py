@@ -94,27 +94,30 @@ def probe_job(options: argparse.Namespace, site: SiteProfile) -> Job:
 
 
 def probe(
-    job: Job, batch: Batch, wait: float, sleep: Callable[[float], None] = time.sleep
+    job: Job,
+    batch: Batch,
+    wait: float,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Finding:
     """Submit the test job and wait for its sum; it is taken out of the queue when time is up."""
     result = Path(job.run_dir, "sum.json")
     result.unlink(missing_ok=True)
     submission = submit_job(job, batch)
     ids = submission.job_ids
-    began = time.time()
-    waited = 0.0
+    began, submitted = clock(), time.time()
     queued = {task.job_id: task.code for task in batch.queued() if task.job_id in ids}
-    while queued and waited < wait and "E" not in "".join(queued.values()):
+    while queued and clock() - began < wait and "E" not in "".join(queued.values()):
         sleep(1.0)
-        waited += 1.0
         queued = {task.job_id: task.code for task in batch.queued() if task.job_id in ids}
+    waited = clock() - began
     if queued:
         why = "; ".join(batch.why_pending(ids[-1])[:3])
         batch.delete(ids)
         state = ", ".join(queued.values())
         return Finding("wrong", f"the test job is {state} after {waited:.0f} s: {why}")
     if not result.is_file():
-        return Finding("wrong", f"the test job failed; its logs are {_logs(job, began)}")
+        return Finding("wrong", f"the test job failed; its logs are {_logs(job, submitted)}")
     said: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     size = said["size"]
     if size != 2 * job.procs_per_node or said["sum"] != size * (size - 1) / 2:

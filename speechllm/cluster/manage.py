@@ -10,9 +10,11 @@ from pathlib import Path
 
 from speechllm.cluster.batch import Batch, QueuedTask
 from speechllm.cluster.job import Job, read_job
-from speechllm.cluster.status import read_progress
 from speechllm.cluster.submission import Submission, batch_of, find_submissions
 from speechllm.errors import UserError
+from speechllm.report.status import read_status
+
+LEAVING = 20.0  # seconds
 
 
 def add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -77,6 +79,7 @@ def cancel_job(
     batch: Batch,
     wait: float,
     sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
 ) -> str:
     """Ask a running job to save and end, delete it then; what became of it, for people.
 
@@ -85,22 +88,22 @@ def cancel_job(
     """
     if not _tasks(batch, submission):
         return "not in the queue"
-    asked = time.time()
+    asked, began = time.time(), clock()
     job.cancel.touch()
     running = _running(batch, submission)
     idle = [one for one in submission.job_ids if one not in running]
     if idle:
         batch.delete(idle)
-    waited = 0.0
-    while running and waited < wait and not _has_saved(job, asked):
+    until = began + wait
+    while running and clock() < until:
+        if _has_saved(job, asked):  # then it leaves by itself, and writes down how it ended
+            until = min(until, clock() + LEAVING)
         sleep(1.0)
-        waited += 1.0
         running = _running(batch, submission)
     if left := sorted({task.job_id for task in _tasks(batch, submission)}):
         batch.delete(left)
-    progress = read_progress(job.run)
-    if progress.get("state") in ("saved", "done") and progress["time"] >= asked:
-        return f"saved at step {progress.get('step')} and cancelled"
+    if _has_saved(job, asked):
+        return f"saved at step {(read_status(job.run) or {}).get('step')} and cancelled"
     return "cancelled"
 
 
@@ -113,5 +116,5 @@ def _running(batch: Batch, submission: Submission) -> set[str]:
 
 
 def _has_saved(job: Job, asked: float) -> bool:
-    progress = read_progress(job.run)
-    return progress.get("state") in ("saved", "done") and float(progress["time"]) >= asked
+    status = read_status(job.run) or {}
+    return status.get("state") in ("saved", "done") and float(status["time"]) >= asked

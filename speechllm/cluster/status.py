@@ -19,14 +19,17 @@ from speechllm.cluster.job import Job, read_job
 from speechllm.cluster.options import terminal
 from speechllm.cluster.requests import clock
 from speechllm.cluster.submission import Submission, batch_of, find_submissions
+from speechllm.report.status import read_status
 
 # What the exit codes of a job mean; everything else is `failed`.
 ENDS = {0: "done", 99: "saved", 100: "needs you"}
 STYLES = {
     "running": "green", "done": "bold green", "pending": "yellow", "held": "yellow",
-    "saved": "cyan", "suspended": "magenta", "deleting": "magenta",
+    "saved": "cyan", "cancelled": "cyan", "suspended": "magenta", "deleting": "magenta",
     "error": "bold red", "failed": "bold red", "needs you": "bold red",
 }  # fmt: skip
+# None: nothing that it left says how it ended.
+_WORST_FIRST = ("needs you", "failed", None, "saved", "done")
 _URGENT = ("error", "running", "suspended", "deleting", "pending", "held")
 
 
@@ -81,26 +84,43 @@ def rows_of(submission: Submission, batch: Batch | None = None) -> list[Row]:
     batch = batch or batch_of(job.site)
     numbers = range(1, len(job.variants) + 1)
     own_runs = any(variant.run_dir for variant in job.variants)
-    parts = [job.for_task(number) for number in numbers] if own_runs else [job]
+    parts = [job.for_task(number) for number in numbers] or [job]
     queue = batch.queued()
-    return [_row(part, submission, queue, batch) for part in parts]
+    if own_runs:
+        return [_row(part, [part], submission, queue, batch) for part in parts]
+    return [_row(job, parts, submission, queue, batch)]
 
 
-def _row(job: Job, submission: Submission, queue: Sequence[QueuedTask], batch: Batch) -> Row:
-    attempts = read_jsonl(job.attempts)
-    ids = set(submission.job_ids) | {str(one["job_id"]) for one in attempts if one.get("job_id")}
+def _row(
+    job: Job,
+    parts: Sequence[Job],
+    submission: Submission,
+    queue: Sequence[QueuedTask],
+    batch: Batch,
+) -> Row:
+    """parts: what keeps records of its own, the job or each task of an array."""
+    histories = [read_jsonl(part.attempts) for part in parts]
+    events = [event for history in histories for event in history]
+    ids = set(submission.job_ids) | {str(one["job_id"]) for one in events if one.get("job_id")}
     tasks = [t for t in queue if t.job_id in ids and job.task in (None, t.task)]
-    starts = [one for one in attempts if one.get("event") == "start"]
-    last = attempts[-1] if attempts else {}
-    progress = read_progress(job.run)
-    state = queue_state(tasks) or ended_state(last, progress)
+    starts = [[one for one in history if one["event"] == "start"] for history in histories]
+    lasts = [history[-1] if history else {} for history in histories]
+    progress = (read_status(job.run) or {}) if job.kind == "train" else {}
+    ends = {ended_state(last, progress) for last in lasts}
+    state = queue_state(tasks) or next((end for end in _WORST_FIRST if end in ends), None)
+    if not tasks and state and job.cancel.exists() and progress.get("state") != "done":
+        state = "cancelled"
     reason = ""
     if not state:
         state, reason = _accounted(batch, submission.job_ids[-1], job.task)
     elif state in ("pending", "error") and tasks:
         reason = "; ".join(batch.why_pending(tasks[0].job_id)[:3])
-    elif last.get("event") == "end" and last.get("code") != 0:
-        reason = str(last.get("reason", ""))
+    else:
+        bad = [last for last in lasts if last.get("event") == "end" and last["code"] != 0]
+        reason = "; ".join(dict.fromkeys(str(last.get("reason", "")) for last in bad))
+    hosts = {task.host for task in tasks if task.host}
+    if not hosts:
+        hosts = {host for history in starts if history for host in history[-1].get("hosts", [])}
     age = time.time() - float(progress.get("time", 0))
     eta = progress.get("eta_seconds")
     return Row(
@@ -110,9 +130,8 @@ def _row(job: Job, submission: Submission, queue: Sequence[QueuedTask], batch: B
         run_dir=str(job.run),
         state=state,
         tasks=dict(Counter(task.state for task in tasks)),
-        hosts=sorted({t.host for t in tasks if t.host})
-        or list((starts or [{}])[-1].get("hosts", [])),
-        attempts=len(starts),
+        hosts=sorted(hosts),
+        attempts=max(map(len, starts)),
         step=progress.get("step"),
         steps=progress.get("steps"),
         loss=progress.get("loss"),
@@ -146,15 +165,6 @@ def _accounted(batch: Batch, job_id: str, task: int | None) -> tuple[str, str]:
     if not bad:
         return "done", ""
     return ENDS.get(bad[-1], "failed"), f"{len(bad)} of {len(codes)} tasks ended with {bad[-1]}"
-
-
-def read_progress(run_dir: Path) -> dict[str, Any]:
-    """RUN/status.json; empty where there is none."""
-    file = run_dir / "status.json"
-    if not file.is_file():
-        return {}
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return content
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def find_submissions(where: str) -> list[Submission]:
     raise UserError(f"{where}: neither a run directory nor a job that you submitted")
 
 
+@cache
 def revision_of(repository: Path) -> str:
     """The commit, with -dirty where files differ from it; empty where it is no git checkout."""
 

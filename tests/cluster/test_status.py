@@ -111,6 +111,22 @@ def test_a_job_that_left_no_files_is_looked_up(
     assert reason in row.reason
 
 
+def test_an_array_has_one_row_of_all_its_tasks(tmp_path: Path) -> None:
+    variants = (Variant(arguments=("--task", "1")), Variant(arguments=("--task", "2")))
+    job = job_in(tmp_path, kind="shard", nodes=1, mode="single", variants=variants)
+    good = {"event": "end", "code": 0, "reason": "done"}
+    note(job.for_task(1), START | {"hosts": ["n1"]}, good)
+    note(job.for_task(2), START | {"hosts": ["n2"]}, good)
+    [row] = rows_of(submission_of(job), FakeBatch())
+    assert (row.state, row.hosts, row.attempts, row.reason) == ("done", ["n1", "n2"], 1, "")
+    (tmp_path / "status.json").write_text(json.dumps(PROGRESS | {"time": 1.0}))
+    assert rows_of(submission_of(job), FakeBatch())[0].step is None  # of a training, not of this
+    note(job.for_task(2), START, good | {"code": 1, "reason": "it failed"})
+    assert rows_of(submission_of(job), FakeBatch())[0].state == "failed"
+    note(job.for_task(2), START)  # killed: only the batch system knows
+    assert rows_of(submission_of(job), FakeBatch(codes=[0, 137]))[0].state == "failed"
+
+
 def test_a_sweep_has_a_row_for_each_of_its_runs(tmp_path: Path) -> None:
     variants = tuple(Variant(run_dir=str(tmp_path / name)) for name in ("one", "two"))
     job = job_in(tmp_path, nodes=1, mode="single", variants=variants)
@@ -128,6 +144,15 @@ def test_a_job_submitted_by_hand_is_known_by_its_attempts(tmp_path: Path) -> Non
     note(job, START | {"job_id": "55"})
     [row] = rows_of(submission_of(job), FakeBatch([[task("running", job_id="55")]]))
     assert row.state == "running"
+
+
+def test_a_cancelled_job(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    note(job, START, {"event": "end", "code": 0, "reason": "cancelled: saved at step 40"})
+    job.cancel.touch()
+    assert rows_of(submission_of(job), FakeBatch())[0].state == "cancelled"
+    (tmp_path / "status.json").write_text(json.dumps(PROGRESS | {"state": "done", "time": 1.0}))
+    assert rows_of(submission_of(job), FakeBatch())[0].state == "done"
 
 
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def cancelled(tmp_path: Path, queues: list[list[QueuedTask]], wait: float = 9.0)
     job = read_job(Path(submission.folder, "job.json"))
     batch = FakeBatch(queues)
     slept: list[float] = []
-    said = cancel_job(job, submission, batch, wait, slept.append)
+    said = cancel_job(job, submission, batch, wait, slept.append, lambda: float(len(slept)))
     return said, batch.deleted, len(slept), job.cancel.exists()
 
 
@@ -314,7 +314,7 @@ def test_cancel_lets_a_running_job_save(train: Submit, tmp_path: Path) -> None:
     said, deleted, slept, asked = cancelled(tmp_path, [both])
     assert said == "saved at step 5 and cancelled"
     assert deleted == ["12", "11", "12"]  # what waits must not start when the first one leaves
-    assert (slept, asked) == (0, True)
+    assert (slept, asked) == (9, True)
     status.write_text(json.dumps({"state": "running", "step": 5, "time": 1.0}))
     said, deleted, slept, _ = cancelled(tmp_path, [queued("running")], wait=3.0)
     assert (said, deleted, slept) == ("cancelled", ["12", "11"], 3)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -150,7 +151,8 @@ def probed(tmp_path: Path, queues: list[list[str]], result: Any, wait: float = 5
         if result is not None:
             (tmp_path / "sum.json").write_text(json.dumps(result))
 
-    return probe(job, batch, wait, sleep), batch
+    seconds = itertools.count()
+    return probe(job, batch, wait, sleep, lambda: float(next(seconds))), batch
 
 
 def test_two_hosts_that_found_each_other(tmp_path: Path) -> None:
@@ -166,9 +168,9 @@ def test_two_hosts_that_found_each_other(tmp_path: Path) -> None:
 def test_a_test_job_that_fails_or_never_starts(tmp_path: Path) -> None:
     finding, batch = probed(tmp_path, [["qw"]], None)
     assert (finding.level, batch.deleted) == ("wrong", ["1"])
-    assert "qw after 5 s: too few hosts" in finding.text
+    assert "qw after 6 s: too few hosts" in finding.text
     finding, batch = probed(tmp_path, [["Eqw"]], None)
-    assert "Eqw after 0 s" in finding.text
+    assert "Eqw after 2 s" in finding.text
     finding, _ = probed(tmp_path, [["r"], []], None)
     assert "do the hosts see that folder" in finding.text
 
