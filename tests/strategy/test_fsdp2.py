@@ -267,12 +267,13 @@ def test_decoding_is_that_of_ddp_though_one_rank_ends_long_before_the_other(
     after, _ = single_process(range(1), model_id)
 
     def rank(world: World) -> list[list[int]]:
-        config = config_of("fsdp2", model_id)
+        config = config_of("fsdp2", model_id, "seed=8")
         strategy: Any = build(config, world)
+        decode(strategy.model, config, world.rank, end)
+        # Decoding leaves weights gathered; those that are loaded must be used all the same.
+        strategy.load_full_state(build(config_of("ddp", model_id), world).full_state())
         rows = decode(strategy.model, config, world.rank, end)
         assert_close(train(strategy, config, world, range(1)), after)
-        strategy.load_full_state(build(config_of("ddp", model_id), world).full_state())
-        assert decode(strategy.model, config, world.rank, end) == rows
         return rows
 
     assert on_ranks(2, tmp_path, rank) == expected
