@@ -13,7 +13,7 @@ from speechllm.config.schema import Config
 from speechllm.errors import UserError
 from speechllm.model.build import bf16_is_fast
 from speechllm.planner.activations import Setting
-from speechllm.planner.architecture import Architecture, read_architecture
+from speechllm.planner.architecture import Architecture
 from speechllm.planner.memory import STRATEGIES, Job, estimate_memory
 from speechllm.planner.traffic import estimate_traffic
 from speechllm.planner.workload import Utterance, microbatch
@@ -24,6 +24,7 @@ USABLE = 0.9  # the rest goes to fragmentation of the allocator
 CONTEXT = GIB  # CUDA's context, kernels, NCCL's and cuBLAS's buffers
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 LARGEST_BUDGET = 1 << 24
+NEARLY = 0.9  # budgets that differ by less are as good as each other
 
 # As in ds_configs/.
 _BUCKET = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
@@ -71,9 +72,9 @@ class StrategyPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """recommended: of the strategies that fit, the one that moves least; where none does, the one
-    with the largest budget that does, without offloading if possible; None where not even one
-    utterance fits.
+    """recommended: of the strategies that fit, the one that moves least; where none does, one
+    whose largest budget is about the highest, without offloading if possible; None where not even
+    one utterance fits.
     max_batch_tokens: the largest `data.microbatch_tokens` that fits under it."""
 
     machine: Machine
@@ -164,12 +165,11 @@ def config_name(config: Config) -> str:
     return f"zero{settings.stage}{'_offload' if offloads and settings.stage == 3 else ''}"
 
 
-def make_plan(config: Config, machine: Machine, utterances: Sequence[Utterance]) -> Plan:
-    """Estimate all strategies for the configured token budget, and choose.
-
-    Raises ModelError where a model's shape is not known.
-    """
-    job = job_of(config, read_architecture(config.model), machine)
+def make_plan(
+    config: Config, architecture: Architecture, machine: Machine, utterances: Sequence[Utterance]
+) -> Plan:
+    """Estimate all strategies for the configured token budget, and choose."""
+    job = job_of(config, architecture, machine)
     budget = config.data.microbatch_tokens
     strategies = {}
     for name in STRATEGIES:
@@ -187,10 +187,11 @@ def make_plan(config: Config, machine: Machine, utterances: Sequence[Utterance])
             name: largest_budget(config, job, utterances, machine.usable, name)
             for name in STRATEGIES
         }
-        # Without the CPU's memory where that does: its way over PCIe is not on the wire, but slow.
-        chosen = max(
-            budgets, key=lambda name: (budgets[name] > 0, "offload" not in name, budgets[name])
-        )
+        # Offloading moves weights over PCIe for every microbatch: only where nothing else goes.
+        others = {name: budget for name, budget in budgets.items() if "offload" not in name}
+        near = budgets if not any(others.values()) else others
+        near = {name: b for name, b in near.items() if b >= NEARLY * max(near.values())}
+        chosen = min(near, key=lambda name: strategies[name].bytes_on_wire_per_step)
         largest = budgets[chosen]
     return Plan(machine, job, budget, strategies, chosen if largest else None, largest)
 

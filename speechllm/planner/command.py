@@ -9,6 +9,7 @@ from speechllm.errors import ModelError, UserError
 from speechllm.log import logger
 from speechllm.model.hub import VOCABULARY, resolve
 from speechllm.planner.advice import LARGEST_BUDGET, machine_here, make_plan
+from speechllm.planner.architecture import read_architecture
 from speechllm.planner.table import plan_text
 from speechllm.planner.workload import Utterance, assumed, of_split
 from speechllm.prepare import Split, TextSide, open_split, prepare_text
@@ -23,7 +24,7 @@ def plan_command(
     """Raises UserError for sizes that mean nothing and models whose shape is not known."""
     machine = machine_here(config, gpus, nodes, gpu_memory)
     utterances, source = utterances_of(config)
-    plan = make_plan(config, machine, utterances)
+    plan = make_plan(config, read_architecture(config.model), machine, utterances)
     return plan_text(plan, source=source, as_json_text=as_json)
 
 

@@ -21,7 +21,7 @@ COLUMNS = {  # heading -> parts
     "logits": ("logits",),
     "gathered": ("gathered",),
 }
-WIDTH = 118
+WIDTH = 112
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def _headline(plan: Plan) -> str:
     where = "CPU" if plan.machine.on_cpu else "GPU"
     return (
         f"{about.frozen_parameters / 1e6:.1f} M frozen and "
-        f"{about.trained_parameters / 1e6:.2f} M trained parameters, {_numbers(setting)}; "
+        f"{about.trained_parameters / 1e6:.2f} M trained parameters, {_numbers(setting)}\n"
         f"{plan.machine.ranks} rank(s) of {plan.machine.memory / GIB:.1f} GiB ({where}), "
         f"{plan.job.microbatches} microbatch(es) a step each"
     )
@@ -116,6 +116,11 @@ def _advice(plan: Plan) -> str:
         smaller = (
             f"data.microbatch_tokens={plan.budget} fits under no strategy; lower it, or set "
             "train.activation_checkpointing=true\n"
+        )
+    elif "offload" in plan.recommended:
+        smaller = (
+            "offloading fetches weights over PCIe for each microbatch, which is slow: first try a "
+            "lower data.microbatch_tokens, or train.activation_checkpointing=true\n"
         )
     return (
         f"{room}\n{smaller}recommended: {plan.recommended} ({how_to_take(plan.recommended)}), "

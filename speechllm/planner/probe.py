@@ -1,0 +1,156 @@
+"""One worst-case step before training, so that memory runs out now and not at step 40,000."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from speechllm.data.loader import read_batches
+from speechllm.data.plan import EpochPlan
+from speechllm.errors import UserError
+from speechllm.log import logger
+from speechllm.planner.advice import GIB, Machine, config_name, job_of, worst_parts
+from speechllm.planner.architecture import read_architecture
+from speechllm.planner.measure import peak_growth
+from speechllm.planner.workload import of_split
+from speechllm.run import Run
+from speechllm.types import Batch
+
+REMEDY = (
+    "lower data.microbatch_tokens (and raise data.microbatches_per_step by as much), set "
+    "train.activation_checkpointing=true, or take a strategy that shards; `speechllm plan` says "
+    "what fits"
+)
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The highest of all ranks, in bytes: tensors at the peak of the step, and what there is."""
+
+    rows: int
+    columns: int
+    audio_seconds: float  # of the longest row
+    peak: int
+    available: int
+
+    @property
+    def text(self) -> str:
+        return (
+            f"probe: {self.rows} x {self.columns} positions, audio of {self.audio_seconds:.1f} s, "
+            f"take {self.peak / GIB:.2f} GiB of {self.available / GIB:.2f}"
+        )
+
+
+def probe(run: Run) -> ProbeResult:
+    """Run forward and backward of the costliest microbatch of epoch 0, on every rank the same.
+
+    The loss is made NaN, and a step whose gradient is not finite updates nothing, so weights,
+    moments, gradients and the random state are afterwards as before. Evaluation and decoding are
+    not probed. All ranks must call it.
+
+    Raises:
+        UserError: memory ran out, or would once the optimizer has its moments; names the remedy.
+    """
+    plan = run.plan_of(0)
+    chosen = costliest(plan, run.train.corpus.durations)
+    utterances = plan.utterances[
+        plan.microbatch_starts[chosen] : plan.microbatch_starts[chosen + 1]
+    ]
+    batch = _read(run, utterances)
+    rows, columns = batch.tokens_BS.shape
+    seconds = float(run.train.corpus.durations[utterances].max())
+    before = _allocated(run)
+    try:
+        growth = peak_growth(lambda: _step(run, batch), run.world.device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"probe: memory ran out in a microbatch of {rows} x {columns} positions with audio of "
+            f"{seconds:.1f} s, the costliest of the epoch; {REMEDY} ({error})"
+        ) from error
+    mine = [before + growth, _available(run)]
+    peak, available = max(run.world.gather(mine), key=lambda pair: pair[0] / pair[1])
+    result = ProbeResult(rows, columns, seconds, peak, available)
+    if peak > available:
+        raise UserError(f"{result.text}; {REMEDY}")
+    logger.info("%s", result.text)
+    return result
+
+
+def costliest(plan: EpochPlan, durations: np.ndarray) -> int:
+    """The microbatch with most positions; among equals that with the longest audio.
+
+    durations: float64, seconds of each utterance of the corpus.
+    """
+    longest = np.maximum.reduceat(durations[plan.utterances], plan.microbatch_starts[:-1])
+    return int(np.lexsort((longest, plan.positions))[-1])
+
+
+def _read(run: Run, utterances: np.ndarray) -> Batch:
+    batches = read_batches(
+        run.train.store,
+        run.text.prompter,
+        run.text.audio_tokens,
+        run.text.pad_id,
+        [utterances],
+        with_target=True,
+        pad_left=False,
+        num_workers=0,
+        prefetch=1,
+    )
+    return next(batches).batch
+
+
+def _step(run: Run, batch: Batch) -> None:
+    """As `run_step`, twice where gradients of an earlier microbatch will stand beside it."""
+    strategy, world = run.strategy, run.world
+    # With fp16 a gradient that is not finite lowers the loss scale, which is put back.
+    state = strategy.full_state() if run.config.precision == "fp16" else None
+    rounds = min(2, -(-run.config.data.microbatches_per_step // world.size))
+    devices = [world.device] if world.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for number in range(rounds):
+            with strategy.microbatch(last=number == rounds - 1):
+                sums = strategy.model(batch.to(world.device), "lm")
+                strategy.backward(sums.loss * math.nan)
+        norm = strategy.step(0.0)
+    assert not math.isfinite(norm), "the probe would have trained"
+    if run.config.precision == "fp16":
+        strategy.load_full_state(state)
+
+
+def _allocated(run: Run) -> int:
+    """Bytes of tensors before the step, with the moments that the first update will make.
+
+    On a CPU weights and moments as they are predicted: they are known exactly.
+    """
+    parts = _predicted(run)
+    if run.world.device.type != "cuda":
+        standing = ("frozen_llm", "frozen_encoder", "ctc_head", "trainable", "optimizer")
+        return sum(parts[name] for name in standing)
+    moments_are_there = run.progress.step > 0 or run.config.train.init_from is not None
+    to_come = 0 if moments_are_there else parts["optimizer"]
+    return torch.cuda.memory_allocated(run.world.device) + to_come
+
+
+def _predicted(run: Run) -> dict[str, int]:
+    on_cpu = run.world.device.type != "cuda"
+    job = job_of(
+        run.config, read_architecture(run.config.model), Machine(run.world.size, 0, on_cpu)
+    )
+    utterances = of_split(run.config, run.train, run.text)
+    budget = run.config.data.microbatch_tokens
+    return worst_parts(run.config, job, utterances, budget, config_name(run.config))
+
+
+def _available(run: Run) -> int:
+    """Bytes that this rank's tensors can have: on a GPU what is free and what torch holds of it, on
+    a CPU the free memory that the ranks of this host share, and what they have taken."""
+    device = run.world.device
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + _allocated(run)
