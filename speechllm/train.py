@@ -16,6 +16,7 @@ from speechllm.evaluate import evaluate
 from speechllm.failure import FailureReport
 from speechllm.log import logger
 from speechllm.optim import learning_rate, phase_of
+from speechllm.planner.probe import probe
 from speechllm.prepare import Split, settle_precision
 from speechllm.report.status import State
 from speechllm.run import Run, open_run, run_directory
@@ -27,7 +28,7 @@ from speechllm.world import World
 DONE, STOPPED = 0, 99
 
 
-def train(config: Config, world: World) -> int:
+def train(config: Config, world: World, *, probe_first: bool = False) -> int:
     """Train until `train.steps`, from the newest checkpoint in `run_dir` where there is one.
 
     Returns the exit code: 0 done, 99 stopped by a signal with a checkpoint written.
@@ -39,6 +40,8 @@ def train(config: Config, world: World) -> int:
         failures = FailureReport(directory / "failures", world, log=directory / "train.log")
         stack.enter_context(failures)
         run = open_run(settle_precision(config, world.device), world, stack)
+        if probe_first:
+            probe(run)
         return _loop(run, stop)
 
 
