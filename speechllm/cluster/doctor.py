@@ -56,7 +56,8 @@ def doctor(options: argparse.Namespace) -> int:
     else:
         console = terminal()
         for one in found:
-            console.print(Text(f"{one.level:<8} ", STYLES[one.level]) + Text(one.text))
+            line = Text(f"{one.level:<8} ", STYLES[one.level]) + Text(one.text)
+            console.print(line, soft_wrap=True)
     return 1 if any(one.level == "wrong" for one in found) else 0
 
 

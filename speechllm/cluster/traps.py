@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -236,14 +237,14 @@ def _arrays(site: SiteProfile, facts: SiteFacts) -> Iterator[Finding]:
 
 
 def _python(python: str) -> Iterator[Finding]:
-    closed = [
-        str(folder)
-        for folder in Path(python).resolve().parents
-        if folder.is_dir() and not folder.stat().st_mode & 0o001
-    ]
-    if closed:
-        yield Finding(
-            "warning",
-            f"the interpreter {python} lies in {closed[-1]}, which other users cannot enter: jobs "
-            "that run as another user will not start",
-        )
+    """Of the folders on the way, who is neither their owner nor root may enter only open ones."""
+    for folder in reversed(Path(python).resolve().parents):
+        if folder.is_dir():
+            facts = folder.stat()
+            if not facts.st_mode & 0o011 and facts.st_uid != os.getuid():
+                yield Finding(
+                    "wrong",
+                    f"the interpreter {python} lies in {folder}, which you cannot enter: jobs will "
+                    "not start",
+                )
+                return
