@@ -7,6 +7,7 @@ import pytest
 
 from speechllm.config.load import dump_config, load_config
 from speechllm.config.model import FilterbankEncoder
+from speechllm.strategy.zero_config import read_zero_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("**/*.y*ml"))
@@ -37,9 +38,11 @@ def test_every_config_loads(file, tmp_path):
     assert load_config(str(tmp_path / "again.yaml")) == config
 
 
-def test_every_deepspeed_config_is_json():
+def test_every_deepspeed_config_is_read():
+    names = {"zero1.json", "zero2.json", "zero3.json", "zero3_offload.json"}
+    assert {file.name for file in DS_CONFIGS} == names
     for file in DS_CONFIGS:
-        assert isinstance(json.loads(file.read_text()), dict), file
+        assert read_zero_config(str(file)) == json.loads(file.read_text())
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,7 +20,7 @@ from torch import Tensor, nn
 
 import pytest
 from forked_function import on_ranks
-from runs import ROOT, TINY
+from runs import PATIENCE, ROOT, TINY, metrics, tiny_config
 from speech_models import END, PAD, asr, batch_of, noise
 
 from speechllm.config.load import load_config
@@ -28,6 +33,7 @@ from speechllm.prepare import prepare_model
 from speechllm.step import agree, run_step
 from speechllm.strategy.base import Strategy, TrainableState
 from speechllm.strategy.build import build_strategy
+from speechllm.train import train as train_run
 from speechllm.types import Batch, Microbatch, StepData
 from speechllm.world import World, connected
 
@@ -36,8 +42,9 @@ pytestmark = pytest.mark.distributed
 ALONE = World(0, 1, 0, torch.device("cpu"))
 # As shipped; in `released`, no weight is small enough to stay gathered, as all here are else.
 STAGES = ("zero1", "zero2", "zero3", "zero3_offload", "released")
+IN_BF16 = ("zero1", "zero2", "zero3_offload", "released")
 MICROBATCHES = 6  # of a step: three a rank where there are two ranks
-CTC_STEPS, CUT, LAST = 1, 3, 6  # the state is exchanged before step CUT; step LAST comes last
+CTC_STEPS, CUT, LAST = 1, 2, 4  # the state is exchanged before step CUT; step LAST comes last
 LONGEST = (3, 7)  # tokens that each rank's rows may have
 Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step
 
@@ -177,6 +184,7 @@ def one_life(kind: str, given: TrainableState | None, world: World) -> dict[str,
     curve = train(strategy, config, world, range(CUT))
     handed_out = strategy.full_state()
     record["cut"] = distance(handed_out, expected.cut)
+    train(strategy, config, world, [LAST])  # away from there, so that it matters what comes in
     strategy.load_full_state(given)
     record["given"] = distance(strategy.full_state(), given)
     curve += train(strategy, config, world, range(CUT, LAST))
@@ -215,7 +223,7 @@ def lives(world: World) -> dict[str, Any]:
 def low_precision(world: World) -> dict[str, Any]:
     """Curves in bf16, and in fp16 with the scale before and after a step that overflows."""
     records: dict[str, Any] = {}
-    for kind in ("ddp", *STAGES):
+    for kind in ("ddp", *IN_BF16):
         config = config_of(kind, "bf16")
         model, strategy = build(config, world)
         types = sorted({str(t.dtype) for t in tensors_of(model)})
@@ -241,7 +249,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     alone(), released()  # once, before the fork
     return on_ranks(
         2, tmp_path_factory.mktemp("ranks"),
-        lambda world: lives(world) | low_precision(world), patience=240,
+        lambda world: lives(world) | low_precision(world), patience=400,
     )  # fmt: skip
 
 
@@ -307,7 +315,7 @@ def test_every_rank_refuses_a_state_of_another_model(
         assert "connector.odd: in the checkpoint, not in this model" in record[kind]["refusal"]
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", IN_BF16)
 def test_bf16_is_as_under_ddp(kind: str, two_ranks: list[dict[str, Any]]) -> None:
     for record in two_ranks:
         (found, types), (expected, expected_types) = record[f"{kind} bf16"], record["ddp bf16"]
@@ -333,7 +341,7 @@ def test_one_process_will_do(tmp_path: Path) -> None:
     def rank(_: World) -> dict[str, Any]:
         records = {}
         with connected("cpu", alone_in_group=True) as world:
-            for kind in STAGES:
+            for kind in ("zero2", "zero3_offload"):
                 config = config_of(kind)
                 model, strategy = build(config, world)
                 curve = train(strategy, config, world, range(CUT))
@@ -349,3 +357,66 @@ def test_one_process_will_do(tmp_path: Path) -> None:
             assert loss == pytest.approx(wanted_loss, abs=1e-5)
             assert norm == pytest.approx(wanted_norm, rel=1e-5)
         assert max(far.values()) < 2e-4
+
+
+def finished(launchers: Sequence[Sequence[str]], command: Sequence[str]) -> list[str]:
+    """What each launcher printed. They run at once; whatever happens, none is left running."""
+    running = [
+        subprocess.Popen(
+            [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], *command],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )
+        for launcher in launchers
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=3 * PATIENCE)[0] for process in running]
+    finally:
+        for process in running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert [process.returncode for process in running] == [0] * len(running), outputs
+    return outputs
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def test_every_launcher_carries_the_same_run_on(tmp_path: Path, shards: Path) -> None:
+    """Two ranks each: deepspeed's launcher, the same over two nodes, torchrun."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    port, other_port = free_port(), free_port()
+    nodes = [
+        ["deepspeed", "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(rank),
+         "--master_addr", "127.0.0.1", "--master_port", port, "--module", "speechllm"]
+        for rank in range(2)
+    ]  # fmt: skip
+    alone_here = ["deepspeed", "--num_accelerators", "2", "--master_port", other_port]
+    torchrun = ["torchrun", "--nproc-per-node", "2", "--master-port", free_port()]
+    legs = [
+        ([[*alone_here, "--module", "speechllm"]], "zero3", 2),
+        (nodes, "zero2", 4),
+        ([[*torchrun, "-m", "speechllm"]], "zero3_offload", 6),
+    ]
+    for launchers, kind, steps in legs:
+        command = [
+            "train", "configs/tiny.yaml", f"run_dir={tmp_path / 'run'}", f"data.train={shards}",
+            "strategy.kind=deepspeed", f"strategy.config=ds_configs/{kind}.json",
+            f"train.steps={steps}", "optim.schedule=constant", "data.num_workers=0",
+        ]  # fmt: skip
+        for output in finished(launchers, command):
+            lines = [line for line in output.splitlines() if not line.startswith("[20")]
+            assert all(line[2:3] == ":" for line in lines), output  # nothing but our own log
+    config = tiny_config(
+        tmp_path / "alone", shards, "train.steps=6", "optim.schedule=constant", "data.num_workers=0"
+    )
+    assert train_run(config, ALONE) == 0
+    expected, found = metrics(tmp_path / "alone"), metrics(tmp_path / "run")
+    assert len(found) == len(expected) == 6
+    for theirs, ours in zip(expected, found, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
