@@ -77,8 +77,17 @@ def prepare_model(
     training: bool = False,
 ) -> SpeechLLM:
     """`sharded`: leave the frozen weights as the configured strategy wants them; else load them.
-    `training`: with what saves memory or time in training only, where the configuration says so."""
+    `training`: with what saves memory or time in training only, where the configuration says so.
+
+    Raises ModelError, ConfigError.
+    """
     assert config.precision != "auto", "settle_precision comes first"
+    if training and config.train.compile and frozen_weights(config) == "partitioned":
+        raise ConfigError(
+            "train.compile does not work with DeepSpeed's stage 3, which fetches and frees weights "
+            "around each module within what would be compiled; set train.compile=false, or take "
+            "strategy.kind=fsdp2"
+        )
     with loading(config) if sharded else nullcontext():
         return build_model(
             config.model,
