@@ -57,6 +57,15 @@ def test_golden_loss_curve(tmp_path: Path, shards: Path) -> None:
     assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(GOLDEN, abs=1e-3)
 
 
+def test_fp16_trains_close_to_fp32(tmp_path: Path, shards: Path) -> None:
+    options = ("train.steps=4", "optim.lr=3e-3", "precision=fp16")
+    assert tiny(tmp_path, shards, *options) == DONE
+    assert [line["loss"] for line in metrics(tmp_path)] == pytest.approx(GOLDEN[:4], rel=1e-2)
+    assert all(line["grad_norm"] < 100 for line in metrics(tmp_path)), "norms are unscaled"
+    state = json.loads((find_checkpoint(tmp_path) / "state.json").read_text())
+    assert state["loss_scale"] == 2.0**16
+
+
 def test_a_start_by_ctc_goes_over_into_the_language_model(tmp_path: Path, shards: Path) -> None:
     settings = ("train.steps=12", "train.ctc_steps=8", "optim.lr=3e-3", "optim.warmup_steps=1")
     tiny(tmp_path, shards, *settings)

@@ -79,7 +79,9 @@ def build_model(
             precision,
         )
     frozen = torch.bfloat16
-    if precision == "fp32" or model.frozen_dtype == "fp32":
+    # On a CPU, layer norms of bf16 weights refuse the fp16 that autocast hands them.
+    fp16_on_cpu = precision == "fp16" and device.type == "cpu"
+    if precision == "fp32" or fp16_on_cpu or model.frozen_dtype == "fp32":
         frozen = torch.float32
     llm = load_llm(model.llm, frozen, device, weights_on_meta=frozen_on_meta)
     # Read from the file: the model's own may be on meta, or another rank's.

@@ -226,7 +226,7 @@ def test_a_state_is_continued_under_the_other_strategy(
 
 def test_a_gradient_that_is_not_finite_moves_nothing_but_the_loss_scale(tmp_path: Path) -> None:
     def rank(world: World) -> None:
-        config = config_of("fsdp2", "precision=fp16", "model.frozen_dtype=fp32")
+        config = config_of("fsdp2", "precision=fp16")
         strategy: Any = build(config, world)
         losses = train(strategy, config, world, range(2))
         before = strategy.full_state()
