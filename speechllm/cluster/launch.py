@@ -10,7 +10,7 @@ from pathlib import Path
 
 from speechllm.cluster.group import Generation, Member
 from speechllm.cluster.job import Job
-from speechllm.cluster.rank import rank_environment
+from speechllm.cluster.rank import DEVICES, VISIBLE, rank_environment
 
 RANK_MODULE = "speechllm.cluster.rank"
 
@@ -60,14 +60,14 @@ def launch_command(job: Job, place: Place, hostfile: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def hostfile_text(members: Sequence[Member], procs_per_node: int) -> str:
+def hostfile_text(hosts: Sequence[str], procs_per_node: int) -> str:
     """DeepSpeed's hostfile. Without ssh its names only count nodes, and each must be unlike."""
     seen: Counter[str] = Counter()
     lines = []
-    for member in members:
-        seen[member.host] += 1
-        again = f"_{seen[member.host]}" if seen[member.host] > 1 else ""
-        lines.append(f"{member.host}{again} slots={procs_per_node}")
+    for host in hosts:
+        seen[host] += 1
+        again = f"_{seen[host]}" if seen[host] > 1 else ""
+        lines.append(f"{host}{again} slots={procs_per_node}")
     return "\n".join(lines) + "\n"
 
 
@@ -91,6 +91,8 @@ def launch_environment(
     result["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     result |= rank_environment(job.after_python, records)
     result |= devices
+    if VISIBLE in result:
+        result[DEVICES] = result[VISIBLE]
     processes = job.procs_per_node if job.is_launched else 1
     slots = max(job.site.cpus.slots, _slots_here(job, environment))
     result.setdefault("OMP_NUM_THREADS", str(max(1, slots // processes)))

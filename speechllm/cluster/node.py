@@ -10,6 +10,7 @@ Claims GPUs, meets the other nodes, starts the processes, hands signals on, and 
 from __future__ import annotations
 
 import os
+import random
 import re
 import shlex
 import socket
@@ -23,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from speechllm.cluster.attempts import Attempt, Attempts, judge
+from speechllm.cluster.attempts import Attempt, Attempts, judge, without_progress
 from speechllm.cluster.folder import SharedFolder
 from speechllm.cluster.gpus import Claimed, GpusBusy, claim_gpus
 from speechllm.cluster.group import AGAIN, PERSON, Generation, Member, Result
@@ -107,12 +108,17 @@ class Node:
             self._leases = where.path
         self.gate = Gate(lease, self.job.site.ports)
         self.meeting: Meeting | None = None
+        self.patience = self.job.site.meeting.timeout
         self._said = ""
 
     def run(self) -> Result:
         """The whole life of the node. Every end of it is recorded and has a reason."""
         attempts = Attempts(self.job)
         attempt = attempts.begin(self.task, self.environment.get("JOB_ID"), self.host)
+        vain = without_progress(attempts.read(), self.task, attempt.step_before)
+        # Groups that got half of their hosts each must not leave at the same time, nor soon again.
+        backed_off = min(0.5 + 0.5 * len(vain), 3.0) * random.uniform(1.0, 1.25)
+        self.patience = self.job.site.meeting.timeout * backed_off
         try:
             result = self._work(attempts, attempt)
         except GpusBusy as error:
@@ -137,7 +143,7 @@ class Node:
             claim = claim_gpus(
                 self.job.site.gpu_claim,
                 self.job.gpus_per_node,
-                patience=self.job.site.meeting.timeout,
+                patience=self.patience,
                 give_up=self._stop_wanted,
                 environment=self.environment,
             )
@@ -160,11 +166,11 @@ class Node:
         """The group; None: this node works alone, and may write."""
         times = self.job.site.meeting
         if self.job.mode == "single" or not self.job.is_launched:
-            return self._wait_for_lease(times.timeout)
+            return self._wait_for_lease()
         rules = Rules(
             nodes=self.job.nodes,
             min_nodes=self.job.min_nodes if self.job.mode == "array" else self.job.nodes,
-            timeout=times.timeout,
+            timeout=self.patience,
             settle=times.timeout / 3,
             stale_after=times.stale_after,
         )
@@ -183,11 +189,11 @@ class Node:
             if (result := self._wait(state.reason if state is not None else "")) is not None:
                 return result
 
-    def _wait_for_lease(self, timeout: float) -> Result | None:
-        deadline = time.monotonic() + timeout
+    def _wait_for_lease(self) -> Result | None:
+        deadline = time.monotonic() + self.patience
         while (busy := self.gate.take()) is not None:
             if time.monotonic() > deadline:
-                return Result(AGAIN, f"waited {timeout:.0f} s: {busy}")
+                return Result(AGAIN, f"waited {self.patience:.0f} s: {busy}")
             if (result := self._wait(busy)) is not None:
                 return result
         return None
@@ -223,8 +229,9 @@ class Node:
         """Start the processes and look after them to their end; how this node's ended."""
         job = self.job
         hostfile = job.own / f"hostfile.{self.token}"
-        if group is not None and job.launcher == "deepspeed":
-            hostfile.write_text(hostfile_text(group.members, job.procs_per_node), encoding="utf-8")
+        if job.launcher == "deepspeed":
+            hosts = [member.host for member in group.members] if group else [self.host]
+            hostfile.write_text(hostfile_text(hosts, job.procs_per_node), encoding="utf-8")
         command = launch_command(job, place, hostfile)
         lease = self.gate.lease
         held = (

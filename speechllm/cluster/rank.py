@@ -19,6 +19,7 @@ from speechllm.cluster.group import AGAIN
 from speechllm.cluster.signals import die_with_parent
 
 ARGUMENTS, RECORDS = "SPEECHLLM_RANK_ARGUMENTS", "SPEECHLLM_RANK_RECORDS"
+VISIBLE, DEVICES = "CUDA_VISIBLE_DEVICES", "SPEECHLLM_RANK_DEVICES"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ def read_records(folder: Path) -> list[RankRecord]:
 
 def main(environment: Mapping[str, str] = os.environ) -> int:
     die_with_parent()
+    if DEVICES in environment:  # deepspeed's launcher puts 0, 1, ... over what was claimed
+        os.environ[VISIBLE] = environment[DEVICES]
     rank = int(environment.get("RANK", "0"))
     folder = Path(environment[RECORDS])
     _write(folder, RankRecord(rank, os.getpid(), None))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from node_jobs import job_of
 
-from speechllm.cluster.group import AGAIN, PERSON, Member
+from speechllm.cluster.group import AGAIN, PERSON
 from speechllm.cluster.launch import Place, hostfile_text, launch_command, launch_environment
 from speechllm.cluster.network import HeldPort, NetworkError, own_address
 from speechllm.cluster.processes import Processes
@@ -65,8 +65,7 @@ def test_one_process_and_plain_programs_need_no_launcher(tmp_path):
 
 
 def test_two_tasks_on_one_host_are_two_lines_of_a_hostfile():
-    members = [Member(task, f"t{task}", host, "") for task, host in enumerate("aba", start=1)]
-    assert hostfile_text(members, 2) == "a slots=2\nb slots=2\na_2 slots=2\n"
+    assert hostfile_text(["a", "b", "a"], 2) == "a slots=2\nb slots=2\na_2 slots=2\n"
 
 
 def test_environment(tmp_path):
@@ -157,6 +156,21 @@ def test_a_rank_leaves_its_code(tmp_path, body, code, told):
     assert processes.codes() == [code]
     (record,) = read_records(tmp_path)
     assert record.rank == 3
+
+
+def test_a_rank_sees_the_devices_that_were_claimed_whatever_the_launcher_says(tmp_path):
+    (tmp_path / "program.py").write_text(
+        "import os, sys\nsys.exit(os.environ['CUDA_VISIBLE_DEVICES'] != '4,5')\n"
+    )
+    job = job_of(tmp_path, str(tmp_path / "program.py"), kind="probe")
+    environment = launch_environment(job, tmp_path, devices={"CUDA_VISIBLE_DEVICES": "4,5"})
+    processes = Processes(
+        [sys.executable, "-m", "speechllm.cluster.rank"],
+        {**environment, "CUDA_VISIBLE_DEVICES": "0,1"},
+        directory=str(tmp_path), records=tmp_path, saves=False,
+    )  # fmt: skip
+    ended(processes)
+    assert processes.codes() == [0]
 
 
 SAVING = """

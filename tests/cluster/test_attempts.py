@@ -1,0 +1,86 @@
+"""When starting again has become useless, and what the record says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from node_jobs import job_of
+
+from speechllm.cluster.attempts import Attempt, Attempts, events, judge, without_progress
+from speechllm.cluster.group import AGAIN, PERSON, Result
+
+
+def attempt(number: int, step_before: int | None, code: int | None = AGAIN, **more) -> Attempt:
+    one = Attempt(more.pop("task", 1), number, "7", "h", 100.0 * number, step_before, **more)
+    one.code = code
+    one.ended = None if code is None else one.started + 50
+    one.reason = None if code is None else f"reason {number}"
+    return one
+
+
+AGAIN_NOW = Result(AGAIN, "preempted")
+
+
+@pytest.mark.parametrize(
+    ("attempts", "step", "vain"),
+    [
+        ([attempt(1, None)], None, 1),
+        ([attempt(1, None), attempt(2, 10), attempt(3, 10)], 10, 2),
+        ([attempt(1, 10), attempt(2, 10, None), attempt(3, 10)], 10, 3),
+        ([attempt(1, 10), attempt(2, 10)], 20, 0),
+        ([attempt(1, 10), attempt(2, 10, PERSON), attempt(3, 10)], 10, 1),
+        ([attempt(1, 10), attempt(2, 10, 0), attempt(3, 10)], 10, 1),
+        ([attempt(1, 10, task=2), attempt(1, 10)], 10, 1),
+    ],
+    ids=["first", "moved", "killed", "progress", "after a person", "after done", "other task"],
+)
+def test_attempts_in_vain(attempts, step, vain):
+    assert len(without_progress(attempts, 1, step)) == vain
+
+
+def test_a_person_is_asked_at_the_last_attempt_and_told_why():
+    attempts = [attempt(1, 5), attempt(2, 5, None), attempt(3, 5)]
+    assert judge(AGAIN_NOW, attempts, 1, 5, most=4) is AGAIN_NOW
+    assert judge(AGAIN_NOW, attempts, 1, 6, most=3) is AGAIN_NOW
+    asked = judge(AGAIN_NOW, attempts, 1, 5, most=3)
+    assert asked.code == PERSON
+    assert "3 attempts in a row without progress (the newest checkpoint is still step 5)" in (
+        asked.reason
+    )
+    assert "The last: preempted" in asked.reason
+    assert "Before that: reason 1; killed" in asked.reason
+    for other in (Result(0, "done"), Result(1, "bug")):
+        assert judge(other, attempts, 1, 5, most=1) is other
+
+
+def test_records_are_files_of_their_own_and_make_one_list(tmp_path):
+    job = job_of(tmp_path, "train", "x", mode="array", nodes=2)
+    attempts = Attempts(job)
+    first, second = attempts.begin(1, "7", "hostA"), attempts.begin(2, "7", "hostB")
+    for rank, one in enumerate((first, second)):
+        one.generation, one.rank, one.hosts = 1, rank, ["hostA", "hostB"]
+        attempts.save(one)
+    (tmp_path / "checkpoints" / "step_00000008").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000009").mkdir()
+    (tmp_path / "checkpoints" / "step_00000008" / "COMPLETE").touch()
+    attempts.end(second, Result(AGAIN, "saved"))
+    attempts.end(first, Result(AGAIN, "saved"))
+    again = attempts.begin(1, "7", "hostC")
+    assert (again.number, again.step_before) == (2, 8)
+    attempts.end(again, Result(AGAIN, "nobody came"))
+    lines = [json.loads(line) for line in job.attempts.read_text().splitlines()]
+    assert [(line["event"], line["step"]) for line in lines] == [
+        ("start", None), ("end", 8), ("start", 8), ("end", 8),
+    ]  # fmt: skip
+    assert lines[0]["hosts"] == ["hostA", "hostB"]
+    assert lines[3]["reason"] == "nobody came"
+    assert {line["job_id"] for line in lines} == {"7"}
+    assert [one.number for one in attempts.read()] == [1, 2, 1]
+
+
+def test_a_second_task_that_asks_for_a_person_is_in_the_list():
+    lines = events([attempt(1, 5, 1, rank=0), attempt(1, 5, PERSON, task=2, rank=1)])
+    assert [(line["event"], line["task"]) for line in lines] == [
+        ("start", 1), ("end", 1), ("end", 2),
+    ]  # fmt: skip
