@@ -73,7 +73,12 @@ class ParameterOffload(OptimizerOffload):
 
 class ZeRO(Section):
     """The settings of `zero_optimization` that are served: those that change memory and traffic,
-    and neither the numbers nor what must be compiled."""
+    and neither the numbers nor what must be compiled.
+
+    Each was tried on two ranks. Not among them, with DeepSpeed 0.19.8: `round_robin_gradients` and
+    `parameter_alignment` (weights come out in the places of others), and
+    `stage3_module_granularity_threshold` (the backward fails).
+    """
 
     stage: Literal[1, 2, 3]
     contiguous_gradients: bool = True
@@ -83,8 +88,6 @@ class ZeRO(Section):
     allgather_partitions: bool = True
     allgather_bucket_size: int = Field(500_000_000, ge=0)
     overlap_comm: bool | None = None
-    round_robin_gradients: bool = False
-    parameter_alignment: bool = False
     offload_optimizer: OptimizerOffload | None = None
     offload_param: ParameterOffload | None = None
     sub_group_size: int = Field(1_000_000_000, ge=0)
@@ -94,7 +97,6 @@ class ZeRO(Section):
     stage3_model_persistence_threshold: int = Field(2**63 - 1, ge=0)
     stage3_max_live_parameters: int = Field(1_000_000_000, ge=0)
     stage3_max_reuse_distance: int = Field(1_000_000_000, ge=0)
-    stage3_module_granularity_threshold: int = Field(0, ge=0)
     stage3_use_all_reduce_for_fetch_params: bool = False
     stage3_allgather_sequential: bool = False
     stage3_gather_16bit_weights_on_model_save: bool = False

@@ -82,6 +82,7 @@ def test_the_owner_named_is_a_key_of_the_configuration(key: str, owner: str) -> 
         (zero(stage=4), ["zero_optimization.stage", "1, 2 or 3", "got 4"]),
         (zero(stage="3"), ["zero_optimization.stage", "1, 2 or 3", "got '3'"]),
         (zero(reduce_bucket_sise=1), ["reduce_bucket_sise", "did you mean reduce_bucket_size?"]),
+        (zero(round_robin_gradients=True), ["round_robin_gradients: not served"]),
         (zero(zero_quantized_weights=True), ["zero_quantized_weights", "not served; known: stage"]),
         (zero(reduce_bucket_size="auto"), ["reduce_bucket_size", "Hugging Face Trainer", "leave"]),
         (zero(reduce_bucket_size=0), ["reduce_bucket_size", "greater than 0", "got 0"]),
