@@ -246,8 +246,13 @@ def _generate(options: argparse.Namespace) -> int:
     from speechllm.log import set_up_logging
     from speechllm.world import connected
 
-    failures = find_checkpoint(options.run).parents[1] / "predictions" / "failures"
-    with connected() as world, FailureReport(failures, world):
+    checkpoint = find_checkpoint(options.run)
+    config = load_config(str(checkpoint / "config.yaml"), options.overrides)
+    failures = checkpoint.parents[1] / "predictions" / "failures"
+    with (
+        connected(config.device, timeout=config.collective_timeout) as world,
+        FailureReport(failures, world),
+    ):
         set_up_logging(world.rank)
         part = options.part and Slice(*options.part)
         written = generate_run(options.run, splits, options.overrides, world, part=part)

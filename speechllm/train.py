@@ -6,7 +6,6 @@ import math
 import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from typing import Any
 
 from speechllm.checkpoint import Progress
 from speechllm.config.load import dump_config
@@ -178,11 +177,12 @@ def _log(
     if run.metrics is None:
         return
     rates = clock.read()
+    loss /= max(totals.target_tokens, 1)
     values = {
         "step": run.progress.step,
         "epoch": data.epoch,
         "objective": objective,
-        "loss": loss / max(totals.target_tokens, 1),
+        "loss": loss,
         "token_accuracy": correct / max(totals.target_tokens, 1),
         "lr": lr,
         "grad_norm": result.grad_norm,
@@ -194,7 +194,7 @@ def _log(
         **rates,
     }
     left = (run.config.train.steps - run.progress.step) * rates["step_seconds"]
-    _say(run, "running", epoch=data.epoch, loss=values["loss"], eta_seconds=left, **rates)
+    _say(run, "running", None, epoch=data.epoch, loss=loss, eta_seconds=left, **rates)
     run.metrics.training(values)
     run.line.update(values)
 
@@ -229,9 +229,9 @@ def _save(run: Run) -> None:
         run.writer.save(state, snapshot, run.identity, dump_config(run.config))
 
 
-def _say(run: Run, state: State, reason: str | None = None, **more: Any) -> None:
+def _say(run: Run, state: State, reason: str | None = None, **numbers: float) -> None:
     if run.status is not None:
-        run.status.write(state, run.progress.step, reason=reason, **more)
+        run.status.write(state, run.progress.step, reason=reason, **numbers)
 
 
 def _wait_for_writer(run: Run) -> None:
