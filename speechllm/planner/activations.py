@@ -150,6 +150,13 @@ def decoder_backward(architecture: Architecture, setting: Setting, shape: Shape)
     return shape.positions * position + copies
 
 
+def product_inputs(architecture: Architecture, setting: Setting, shape: Shape) -> int:
+    """The inputs of one frozen layer's matrix products that nothing else keeps: of attention, of
+    the feed-forward block, and of its last matrix."""
+    llm = architecture.llm
+    return shape.positions * (2 * llm.width + llm.feed_forward) * setting.compute
+
+
 def logits(llm: Transformer, labels: int) -> int:
     """Highest moment of the cross entropy: log-probabilities and two gradients, fp32 [L, V]."""
     return 3 * FLOAT * labels * llm.vocabulary

@@ -46,11 +46,14 @@ class Moment:
     """A point of the step at which memory may be highest.
 
     activations: bytes, logits apart. backward: whether gradients of this microbatch are there.
+    product_inputs: inputs of the LLM's frozen products, kept by none but DeepSpeed's own linear
+    function, which ZeRO-3 puts in the place of torch's (`memory_efficient_linear`).
     """
 
     activations: int
-    logits: int
-    backward: bool
+    logits: int = 0
+    backward: bool = False
+    product_inputs: int = 0
 
 
 def estimate_memory(job: Job, shape: Shape, strategy: str) -> dict[str, int]:
@@ -75,11 +78,13 @@ def moments(job: Job, shape: Shape) -> list[Moment]:
     above = kept.decoder(about, setting, shape)
     # The cross entropy's working space is released before the first layer's is needed.
     layer = kept.decoder_backward(about, setting, shape)
+    inputs = kept.product_inputs(about, setting, shape)
+    all_inputs = 0 if setting.checkpointing else about.llm.layers * inputs
     return [
-        Moment(kept.encoder_forward(about, setting, shape), 0, backward=False),
-        Moment(below + above, logits, backward=False),
-        Moment(below + above + layer, 0, backward=False),
-        Moment(below + kept.connector_backward(about, setting, shape), 0, backward=True),
+        Moment(kept.encoder_forward(about, setting, shape)),
+        Moment(below + above, logits, product_inputs=all_inputs),
+        Moment(below + above + layer, product_inputs=all_inputs or inputs),
+        Moment(below + kept.connector_backward(about, setting, shape), backward=True),
     ]
 
 
@@ -106,7 +111,11 @@ def _parts(job: Job, shape: Shape, strategy: str, moment: Moment) -> dict[str, i
             parts["gradients"] = whole if standing else 0
             if moment.backward:
                 parts["gradients"] += share
-            parts["buckets"] = _bucket_bytes(job.zero[strategy], trained, ranks)
+            # DeepSpeed makes the buffers when the first gradient comes. ZeRO-1 reduces once a step
+            # and still has them in the next microbatch, ZeRO-2 frees them after each.
+            held = standing if strategy == "zero1" else moment.backward
+            if held or about.lora_parameters:
+                parts["buckets"] = _bucket_bytes(job.zero[strategy], trained)
         case "zero3" | "zero3_offload":
             settings = job.zero[strategy]
             parts["frozen_llm"] = -(-parts["frozen_llm"] // ranks)
@@ -114,6 +123,8 @@ def _parts(job: Job, shape: Shape, strategy: str, moment: Moment) -> dict[str, i
             parts["trainable"], parts["optimizer"] = 2 * share, 2 * share
             parts["gradients"] = share + (share if moment.backward else 0)
             parts["gathered"] = _live_bytes(job, settings)
+            if settings.memory_efficient_linear:
+                parts["activations"] += moment.product_inputs
             parts["buckets"] = min(trained, FLOAT * settings.reduce_bucket_size)
             if settings.offload_param is not None:
                 parts["frozen_llm"] = parts["frozen_encoder"] = 0
@@ -130,7 +141,7 @@ def _parts(job: Job, shape: Shape, strategy: str, moment: Moment) -> dict[str, i
     return parts
 
 
-def _bucket_bytes(settings: ZeRO, trained: int, ranks: int) -> int:
+def _bucket_bytes(settings: ZeRO, trained: int) -> int:
     """DeepSpeed's contiguous buffers for gradients on their way: one, or two with overlap."""
     if settings.contiguous_gradients:
         return FLOAT * settings.reduce_bucket_size * (2 if settings.overlap_comm else 1)
@@ -139,11 +150,16 @@ def _bucket_bytes(settings: ZeRO, trained: int, ranks: int) -> int:
 
 def _live_bytes(job: Job, settings: ZeRO) -> int:
     """ZeRO-3 keeps gathered weights up to `stage3_max_live_parameters`, above that the layer which
-    is needed: at most all."""
+    is needed: at most all. They are copied out of a buffer that holds what is fetched at a time.
+    With torch's own linear function autograd holds all of the LLM's until their backward."""
     about, size = job.architecture, job.setting.frozen
     largest = max(about.llm.layer_parameters, about.llm.embedding_parameters)
-    live = settings.stage3_max_live_parameters + largest
-    return size * min(about.frozen_parameters, live) + FLOAT * about.connector_parameters
+    live = min(about.frozen_parameters, settings.stage3_max_live_parameters + largest)
+    if not settings.memory_efficient_linear:
+        live = max(live, about.llm.parameters)
+    fetched = max(settings.stage3_prefetch_bucket_size, about.llm.layer_parameters)
+    buffer = min(about.frozen_parameters, fetched)
+    return size * (live + buffer) + FLOAT * about.connector_parameters
 
 
 def _gathered_bytes(job: Job, trained: int) -> int:

@@ -13,10 +13,12 @@ from speechllm.data.loader import read_batches
 from speechllm.data.plan import EpochPlan
 from speechllm.errors import UserError
 from speechllm.log import logger
-from speechllm.planner.advice import GIB, Machine, config_name, job_of, worst_parts
+from speechllm.planner.activations import Shape
+from speechllm.planner.advice import GIB, Machine, config_name, job_of
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.measure import peak_growth
-from speechllm.planner.workload import of_split
+from speechllm.planner.memory import estimate_memory
+from speechllm.planner.workload import shape_of
 from speechllm.run import Run
 from speechllm.types import Batch
 
@@ -29,19 +31,22 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """The highest of all ranks, in bytes: tensors at the peak of the step, and what there is."""
+    """Of the rank that has least left, in bytes: tensors at the peak of the step, what had been
+    predicted for it, and what there is."""
 
-    rows: int
-    columns: int
+    shape: Shape
     audio_seconds: float  # of the longest row
     peak: int
+    predicted: int
     available: int
 
     @property
     def text(self) -> str:
         return (
-            f"probe: {self.rows} x {self.columns} positions, audio of {self.audio_seconds:.1f} s, "
-            f"take {self.peak / GIB:.2f} GiB of {self.available / GIB:.2f}"
+            f"probe: {self.shape.rows} x {self.shape.columns} positions with audio of "
+            f"{self.audio_seconds:.1f} s, the costliest microbatch of the epoch, take "
+            f"{self.peak / GIB:.2f} GiB a rank (predicted: {self.predicted / GIB:.2f}) of "
+            f"{self.available / GIB:.2f}"
         )
 
 
@@ -61,20 +66,21 @@ def probe(run: Run) -> ProbeResult:
         plan.microbatch_starts[chosen] : plan.microbatch_starts[chosen + 1]
     ]
     batch = _read(run, utterances)
-    rows, columns = batch.tokens_BS.shape
+    shape = shape_of(batch)
     seconds = float(run.train.corpus.durations[utterances].max())
-    before = _allocated(run)
+    parts = _predicted(run, shape)
+    standing = _standing(run, parts)
     try:
         growth = peak_growth(lambda: _step(run, batch), run.world.device)
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"probe: memory ran out in a microbatch of {rows} x {columns} positions with audio of "
-            f"{seconds:.1f} s, the costliest of the epoch; {REMEDY} ({error})"
+            f"probe: memory ran out in a microbatch of {shape.rows} x {shape.columns} positions "
+            f"with audio of {seconds:.1f} s, the costliest of the epoch; {REMEDY} ({error})"
         ) from error
-    mine = [before + growth, _available(run)]
-    peak, available = max(run.world.gather(mine), key=lambda pair: pair[0] / pair[1])
-    result = ProbeResult(rows, columns, seconds, peak, available)
-    if peak > available:
+    mine = [standing + growth, sum(parts.values()), _available(run, standing)]
+    highest = max(run.world.gather(mine), key=lambda sizes: sizes[0] / sizes[2])
+    result = ProbeResult(shape, seconds, *highest)
+    if result.peak > result.available:
         raise UserError(f"{result.text}; {REMEDY}")
     logger.info("%s", result.text)
     return result
@@ -122,35 +128,30 @@ def _step(run: Run, batch: Batch) -> None:
         strategy.load_full_state(state)
 
 
-def _allocated(run: Run) -> int:
+def _predicted(run: Run, shape: Shape) -> dict[str, int]:
+    machine = Machine(run.world.size, memory=0, on_cpu=run.world.device.type != "cuda")
+    job = job_of(run.config, read_architecture(run.config.model), machine)
+    return estimate_memory(job, shape, config_name(run.config))
+
+
+def _standing(run: Run, parts: dict[str, int]) -> int:
     """Bytes of tensors before the step, with the moments that the first update will make.
 
-    On a CPU weights and moments as they are predicted: they are known exactly.
+    On a CPU weights and moments are taken as they are predicted, which is a matter of counting.
     """
-    parts = _predicted(run)
     if run.world.device.type != "cuda":
-        standing = ("frozen_llm", "frozen_encoder", "ctc_head", "trainable", "optimizer")
-        return sum(parts[name] for name in standing)
+        names = ("frozen_llm", "frozen_encoder", "ctc_head", "trainable", "optimizer", "batch")
+        return sum(parts[name] for name in names)
     moments_are_there = run.progress.step > 0 or run.config.train.init_from is not None
     to_come = 0 if moments_are_there else parts["optimizer"]
     return torch.cuda.memory_allocated(run.world.device) + to_come
 
 
-def _predicted(run: Run) -> dict[str, int]:
-    on_cpu = run.world.device.type != "cuda"
-    job = job_of(
-        run.config, read_architecture(run.config.model), Machine(run.world.size, 0, on_cpu)
-    )
-    utterances = of_split(run.config, run.train, run.text)
-    budget = run.config.data.microbatch_tokens
-    return worst_parts(run.config, job, utterances, budget, config_name(run.config))
-
-
-def _available(run: Run) -> int:
+def _available(run: Run, standing: int) -> int:
     """Bytes that this rank's tensors can have: on a GPU what is free and what torch holds of it, on
     a CPU the free memory that the ranks of this host share, and what they have taken."""
     device = run.world.device
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + _allocated(run)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) + standing

@@ -15,7 +15,7 @@ from speechllm.model.build import audio_token_counter
 from speechllm.model.frontend import FRAME_SAMPLES, num_frames
 from speechllm.planner.activations import CHUNK_FRAMES, Shape
 from speechllm.prepare import Split, TextSide
-from speechllm.types import SAMPLE_RATE
+from speechllm.types import SAMPLE_RATE, Batch
 
 ASSUMED_SECONDS = (2.0, 5.0, 10.0, 15.0, 20.0, 30.0)
 ASSUMED_CHARACTERS_PER_SECOND = 15.0  # read English
@@ -39,7 +39,7 @@ def assumed(config: Config) -> list[Utterance]:
     rate = ASSUMED_CHARACTERS_PER_SECOND / config.data.characters_per_token
     return [
         Utterance(round(seconds * SAMPLE_RATE), round(seconds * rate), ASSUMED_PROMPT_TOKENS)
-        for seconds in {*(s for s in ASSUMED_SECONDS if s < longest), longest}
+        for seconds in (*(s for s in ASSUMED_SECONDS if s < longest), longest)
     ]
 
 
@@ -68,6 +68,18 @@ def microbatch(config: Config, utterance: Utterance, budget: int) -> Shape | Non
     if config.model.encoder.kind == "whisper" and config.model.encoder.context == "pad30":
         frames = -(-frames // CHUNK_FRAMES) * CHUNK_FRAMES
     return Shape(rows, columns, tokens, frames, labels=rows * (utterance.text_tokens + 1))
+
+
+def shape_of(batch: Batch) -> Shape:
+    """The shape of a real microbatch."""
+    rows, columns = batch.tokens_BS.shape
+    return Shape(
+        rows,
+        columns,
+        tokens=int(batch.audio_mask_BS.sum(1).max()),
+        frames=num_frames(batch.audio_AN.shape[1]),
+        labels=batch.num_target_tokens,
+    )
 
 
 def audio_bytes(shape: Shape) -> int:

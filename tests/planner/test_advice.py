@@ -32,6 +32,7 @@ from speechllm.planner.workload import assumed, microbatch
 from speechllm.strategy.zero_config import ZERO, ZeRO, read_zero_config
 
 LARGE = str(ROOT / "configs" / "whisper-large-v3_olmo2-1b_pre_norm.yaml")
+TORCHS_LINEAR = SHIPPED["zero3"].model_copy(update={"memory_efficient_linear": False})
 LLAMA = "model.llm.id=meta-llama/Llama-3.1-8B-Instruct"
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -93,6 +94,20 @@ def test_offloading_leaves_what_is_gathered() -> None:
     offloaded = parts(large(), 8, "zero3_offload")
     assert offloaded["frozen_llm"] == offloaded["optimizer"] == offloaded["trainable"] == 0
     assert offloaded["gathered"] == parts(large(), 8, "zero3")["gathered"] > 0
+
+
+def test_the_linear_function_of_zero3_keeps_what_autograd_does_not() -> None:
+    config = large(LLAMA, "data.microbatches_per_step=8")
+    own, torchs = (
+        parts(config, 8, "zero3"),
+        parts(config, 8, "zero3", zero={"zero3": TORCHS_LINEAR}),
+    )
+    about = architecture(config.model).llm
+    shape = microbatch(config, assumed(config)[-1], config.data.microbatch_tokens)
+    assert shape is not None
+    inputs = about.layers * shape.positions * (2 * about.width + about.feed_forward) * 2
+    assert own["activations"] - torchs["activations"] == inputs > 4 * GIB
+    assert torchs["gathered"] > 2 * about.parameters > own["gathered"]
 
 
 def test_ways_to_save_memory_do() -> None:
@@ -194,7 +209,7 @@ def test_the_shipped_settings_are_those_of_ds_configs(name: str) -> None:
 def test_the_users_own_zero_settings_count(tmp_path: Any) -> None:
     file = tmp_path / "own.json"
     file.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000}}')
-    config = large("strategy.kind=deepspeed", f"strategy.config={file}")
+    config = large("strategy.kind=deepspeed", f"strategy.config={file}", "model.lora.rank=4")
     assert job(config, 8).zero["zero2"].reduce_bucket_size == 1_000_000
     assert parts(config, 8, "zero2")["buckets"] == 4_000_000
 

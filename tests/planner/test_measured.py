@@ -15,11 +15,11 @@ from speechllm.config.schema import Config
 from speechllm.model.build import build_model
 from speechllm.model.hub import fetched_models
 from speechllm.model.tiny import build_tiny_llm, build_tiny_whisper
-from speechllm.planner.activations import Shape
 from speechllm.planner.advice import Machine, job_of
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.measure import peak_growth, standing_bytes
 from speechllm.planner.memory import estimate_memory
+from speechllm.planner.workload import shape_of
 from speechllm.strategy.ddp import DDPStrategy
 from speechllm.types import Batch
 from speechllm.world import World
@@ -38,17 +38,6 @@ def batch_for(config: Config, *, rows: int, seconds: float, text: int) -> Batch:
         for row in range(rows)
     ]
     return batch_of(config.model, examples)
-
-
-def shape_of(batch: Batch) -> Shape:
-    rows, columns = batch.tokens_BS.shape
-    return Shape(
-        rows,
-        columns,
-        tokens=int(batch.audio_mask_BS.sum(1).max()),
-        frames=-(-batch.audio_AN.shape[1] // 320),
-        labels=batch.num_target_tokens,
-    )
 
 
 def predicted_and_measured(
@@ -153,7 +142,7 @@ def test_pretrained_models(checkpointing: str) -> None:
         pytest.skip("tools/fetch_models.py has not been run")
     overrides = ["precision=fp32", f"train.activation_checkpointing={checkpointing}"]
     config = load_config(ROOT / "configs" / "demo.yaml", overrides)
-    check(config, rows=4, seconds=3.0, text=20)
+    check(config, rows=2, seconds=3.0, text=20)
 
 
 def test_what_is_measured_is_what_is_allocated() -> None:

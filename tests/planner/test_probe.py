@@ -39,14 +39,14 @@ def test_a_probe_leaves_everything_as_it_was(tmp_path: Path, shards: Path, preci
         for kind in ("weights", "exp_avg", "exp_avg_sq"):
             old, new = getattr(before, kind), getattr(after, kind)
             assert all(torch.equal(old[name], new[name]) for name in old)
-        assert found.rows * found.columns <= 128 * 1.2
+        assert found.shape.positions <= 128 * 1.2
         assert 1e6 < found.peak < found.available
 
 
 def test_too_little_memory_ends_the_run_with_the_remedy(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_available", lambda run: 1_000_000)
+    monkeypatch.setattr(module, "_available", lambda run, standing: 1_000_000)
     with ExitStack() as stack:
         run = opened(tmp_path, shards, stack)
         with pytest.raises(UserError, match=r"data\.microbatch_tokens.*activation_checkpointing"):
