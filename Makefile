@@ -2,11 +2,12 @@
 PYTHON ?= python3.11
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --progress-bar off --no-compile -q -c constraints.txt
 PACKAGE_SOURCES := setup.cfg pyproject.toml constraints.txt
 
 .PHONY: demo test lint format docs clean
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.installed-demo
 	$(BIN)/python tools/demo.py --out exp/demo --data exp/demo_data
 
 test: $(VENV)/.installed
@@ -25,10 +26,15 @@ docs: $(VENV)/.installed
 	$(BIN)/python tools/config_reference.py --write docs/configuration.md
 
 # torch first and by its exact version: a looser request could bring gigabytes of CUDA packages.
-$(VENV)/.installed: $(PACKAGE_SOURCES)
+# Not compiled: of thousands of modules only those that are imported need to be, and then are.
+$(VENV)/.installed-demo: $(PACKAGE_SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt torch==$(shell sed -n 's/^torch==//p' constraints.txt)
-	$(BIN)/python -m pip install --progress-bar off -q -c constraints.txt -e ".[demo,test,lint]"
+	$(INSTALL) torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+	$(INSTALL) -e ".[demo]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.installed-demo
+	$(INSTALL) -e ".[demo,test,lint]"
 	touch $@
 
 clean:
