@@ -30,13 +30,15 @@ def why_not() -> str | None:
     return None if checked.returncode == 0 else checked.stderr.strip()
 
 
-def eventually(look: Callable[[], T | None], what: Callable[[], str] | str) -> T:
+def eventually(
+    look: Callable[[], T | None], what: Callable[[], str] | str, *, pause: float = 0.2
+) -> T:
     """The first value that is not None or False. Fails with `what` when patience is over."""
     deadline = time.monotonic() + PATIENCE
     while not (found := look()):
         if time.monotonic() > deadline:
             raise AssertionError(f"waited in vain: {what if isinstance(what, str) else what()}")
-        time.sleep(0.2)
+        time.sleep(pause)
     return found
 
 
@@ -55,6 +57,10 @@ class Grid:
     def on(self, host: str, *command: object, folder: Path | None = None) -> str:
         """What a command prints that the job user runs on a host."""
         return self._output("run", host, "-u", USER, *command, folder=folder or self.work)
+
+    def on_master(self, *command: object) -> str:
+        """What a command prints that the administrator runs on the master."""
+        return self._output("run", "head", "-u", "root", *command)
 
     def _output(self, name: str, *arguments: object, folder: Path | None = None) -> str:
         done = self.attempt(name, *arguments, folder=folder)
@@ -79,6 +85,12 @@ class Grid:
         path = self.work / name
         self.on("head", "mkdir", path)
         return path
+
+    def give(self, folder: Path) -> None:
+        """Make the job user the owner of a folder with all that is in it."""
+        owner = self.directory / "home" / USER
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, owner.stat().st_uid, owner.stat().st_gid)
 
     def qsub(self, folder: Path, lines: str, *options: object) -> str:
         """Submit bash lines; the number of the job. Output goes to FOLDER/out.*"""

@@ -27,6 +27,8 @@ def write_etc(cluster: Cluster) -> None:
     (cluster.etc / "nsswitch.conf").write_text(switch)
     cluster.home.mkdir(parents=True)
     os.chown(cluster.home, uid, uid)
+    # Another user's repository may be asked for its revision.
+    (cluster.home / ".gitconfig").write_text("[safe]\n\tdirectory = *\n")
 
 
 def _free_number(*files: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ DEBIAN = Path("/usr/lib/gridengine")
 SHARE = Path("/usr/share/gridengine")
 SCRIPTS = Path(__file__).resolve().parent
 REPOSITORY = SCRIPTS.parents[1]
+PATH = ("/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 INSIDE = (
     "SPEECHLLM_LOCAL_GRID_HOST"  # set to the host's name for what runs on a host of the cluster
 )
@@ -102,7 +104,7 @@ class Cluster:
             "SGE_QMASTER_PORT": "6444",
             "SGE_EXECD_PORT": "6445",
             "SPEECHLLM_LOCAL_GRID": str(self.directory),
-            "PATH": f"{DEBIAN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            "PATH": ":".join([str(DEBIAN), *PATH, str(Path(sys.executable).resolve().parent)]),
         }
 
     def save(self) -> None:
