@@ -65,10 +65,14 @@ class World:
         return node
 
     def _live(self, node: Node, task: int, token: str) -> None:
-        lease = Lease(PrefixedFolder(node, "lease"), token, f"task {task}", STALE, node.clock)
+        # Twice: renewals are not what the schedules keep punctual.
+        lease = Lease(PrefixedFolder(node, "lease"), token, f"task {task}", 2 * STALE, node.clock)
         me = Member(task, token, f"host{task}", f"10.0.0.{task}")
         meeting = Meeting(node, me, self.rules(), LeaseGate(lease), node.clock)
         while isinstance(state := meeting.step(), Waiting):
+            if lease.name is not None and not lease.renew():
+                state = Result(AGAIN, "lost the lease")
+                break
             node.pause()
         if isinstance(state, Result):
             meeting.leave()
