@@ -59,7 +59,8 @@ def job_script(job: Job) -> str:
         f"export PYTHONPATH={shlex.quote(job.repository)}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
     node = shlex.join([job.python, "-m", "speechllm.cluster.node", str(job.file)])
-    lines += _slurm_ending(node) if slurm else [f"exec {node}"]
+    # Until Python has its handlers in place, seconds on a busy host, a signal would end the job.
+    lines += _slurm_ending(node) if slurm else ["trap '' USR1 USR2 TERM", f"exec {node}"]
     return "\n".join(lines) + "\n"
 
 
