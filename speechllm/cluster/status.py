@@ -22,7 +22,8 @@ from speechllm.cluster.submission import Submission, batch_of, find_submissions
 from speechllm.report.status import read_status
 
 # What the exit codes of a job mean; everything else is `failed`.
-ENDS = {0: "done", 99: "saved", 100: "needs you"}
+PERSON = 100
+ENDS = {0: "done", 99: "saved", PERSON: "needs you"}
 STYLES = {
     "running": "green", "done": "bold green", "pending": "yellow", "held": "yellow",
     "saved": "cyan", "cancelled": "cyan", "suspended": "magenta", "deleting": "magenta",
@@ -113,6 +114,8 @@ def _row(
     reason = ""
     if not state:
         state, reason = _accounted(batch, submission.job_ids[-1], job.task)
+    elif state == "error" and (asked := [one for one in lasts if one.get("code") == PERSON]):
+        reason = "; ".join(dict.fromkeys(str(one["reason"]) for one in asked))
     elif state in ("pending", "error") and tasks:
         reason = "; ".join(batch.why_pending(tasks[0].job_id)[:3])
     else:
