@@ -71,7 +71,7 @@ class Grid:
         self, name: str, *arguments: object, folder: Path | None = None
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, SCRIPTS / name, *map(str, arguments)],
+            [sys.executable, "-S", SCRIPTS / name, *map(str, arguments)],
             capture_output=True,
             text=True,
             check=False,
@@ -114,10 +114,13 @@ class Grid:
         eventually(
             lambda: (now := self.states(job)) and {one for one, _ in now.values()} == {state},
             lambda: f"job {job} to be {state}: {self.states(job)}",
+            pause=0.5,
         )
 
     def wait_until_gone(self, job: str) -> None:
-        eventually(lambda: not self.states(job), lambda: f"job {job}: {self.states(job)}")
+        eventually(
+            lambda: not self.states(job), lambda: f"job {job}: {self.states(job)}", pause=0.5
+        )
 
     def hosts_of(self, job: str) -> list[str]:
         return sorted(host for _, host in self.states(job).values() if host)
@@ -133,9 +136,11 @@ class Grid:
 
         return eventually(look, f"the accounting of job {job}")
 
-    def revive(self) -> None:
-        """Start again what a test has killed."""
-        self.script("up", "--hosts", 3)
+    def start(self) -> None:
+        """Start the hosts, later those that a test has killed."""
+        # The end of the tests, were it by kill -9, is the end of the cluster.
+        visible = [word for path in (sys.prefix, sys.base_prefix) for word in ("--expose", path)]
+        self.script("up", "--hosts", 3, "--with-process", os.getpid(), *visible)
 
 
 @contextmanager
@@ -145,7 +150,7 @@ def cluster() -> Iterator[Grid]:
     above.chmod(0o755)
     grid = Grid(above / "cluster")
     try:
-        grid.script("up", "--hosts", 3, "--expose", sys.prefix, "--expose", sys.base_prefix)
+        grid.start()
         yield grid
     finally:
         grid.attempt("down")

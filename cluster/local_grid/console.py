@@ -29,15 +29,27 @@ from requirements import obstacle
 def _guarded(command: Callable[[], int]) -> int:
     """2 with a readable reason where the person at the keyboard has to do something."""
     try:
-        return command()
+        code = command()
+        sys.stdout.flush()
+        return code
     except GridError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _need_root() -> None:
     if os.geteuid() != 0:
         raise GridError(f"This needs root. Try: sudo {' '.join(sys.argv)}")
+
+
+def _handle_of(pid: int) -> int:
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise GridError(f"--with-process {pid}: no such process") from None
 
 
 def up() -> int:
@@ -55,6 +67,9 @@ def up() -> int:
         metavar="PATH",
         help="a folder that jobs must be able to reach, besides the repository and its python",
     )
+    parser.add_argument(
+        "--with-process", type=int, metavar="PID", help="the hosts end when this process ends"
+    )
     parser.add_argument("--check", action="store_true", help="only say whether it can run here")
     given = parser.parse_args()
 
@@ -65,7 +80,8 @@ def up() -> int:
             return 0
         began = time.monotonic()
         wanted = Cluster(default_directory(), given.hosts, given.slots, given.gpus)
-        started = bring_up(wanted, given.expose)
+        guard = -1 if given.with_process is None else _handle_of(given.with_process)
+        started = bring_up(wanted, given.expose, guard)
         if not started:
             print("already up")
             return 0

@@ -18,8 +18,11 @@ def alive(cluster: Cluster, name: str) -> int | None:
     return running(cluster.host(name) / "process.json")
 
 
-def start_host(cluster: Cluster, name: str, needed: list[Path]) -> None:
-    """Raises GridError with the host's log where it does not come up."""
+def start_host(cluster: Cluster, name: str, needed: list[Path], guard: int) -> None:
+    """guard: a pidfd of a process with whose end the host ends, or -1.
+
+    Raises GridError with the host's log where it does not come up.
+    """
     folder = cluster.host(name)
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
     (folder / "scratch").chmod(0o1777)
@@ -29,8 +32,9 @@ def start_host(cluster: Cluster, name: str, needed: list[Path]) -> None:
             [
                 *("unshare", *NAMESPACES, "--kill-child"),
                 *(sys.executable, str(SCRIPTS / "host_init.py")),
-                *(str(cluster.directory), name, *map(str, needed)),
+                *(str(cluster.directory), name, str(guard), *map(str, needed)),
             ],
+            pass_fds=[guard] if guard >= 0 else [],
             stdin=subprocess.PIPE,
             stdout=sink,
             stderr=subprocess.STDOUT,

@@ -20,15 +20,18 @@ def needed_paths(more: list[Path]) -> list[Path]:
     return [REPOSITORY, Path(sys.prefix), *homes, *(path.absolute() for path in more)]
 
 
-def bring_up(wanted: Cluster, more: list[Path]) -> list[str]:
-    """The names of the hosts that were started."""
+def bring_up(wanted: Cluster, more: list[Path], guard: int = -1) -> list[str]:
+    """The names of the hosts that were started.
+
+    more: what jobs must be able to read besides the repository. guard: see `start_host`.
+    """
     cluster = load_cluster(wanted.directory)
     if cluster is not None and cluster != wanted and alive(cluster, MASTER):
         raise GridError(f"A cluster of another size is up ({cluster}); take it down first.")
     if cluster is None or not alive(cluster, MASTER):
         take_down(wanted.directory)
         try:
-            _begin(wanted, needed_paths(more))
+            _begin(wanted, needed_paths(more), guard)
         except BaseException:
             take_down(wanted.directory)
             raise
@@ -37,13 +40,13 @@ def bring_up(wanted: Cluster, more: list[Path]) -> list[str]:
         started = []
     for name in wanted.exec_hosts:
         if not alive(wanted, name):
-            start_host(wanted, name, needed_paths(more))
+            start_host(wanted, name, needed_paths(more), guard)
             started.append(name)
     wait_for_hosts(wanted)
     return started
 
 
-def _begin(cluster: Cluster, needed: list[Path]) -> None:
+def _begin(cluster: Cluster, needed: list[Path], guard: int) -> None:
     """A master with all its objects; nothing is left of it where that fails."""
     cluster.directory.mkdir(mode=0o755)  # fails where somebody made one meanwhile
     cluster.directory.chmod(0o755)
@@ -53,7 +56,7 @@ def _begin(cluster: Cluster, needed: list[Path]) -> None:
         folder.chmod(0o1777)
     write_etc(cluster)
     make_spool(cluster)
-    start_host(cluster, MASTER, needed)
+    start_host(cluster, MASTER, needed, guard)
     wait_for_master(cluster)
     configure(cluster)
 

@@ -116,7 +116,7 @@ def test_a_soft_limit_and_a_deletion_announce_themselves(grid: Grid) -> None:
     eventually(lambda: "USR1" in text(folder / "signals"), "the soft limit's signal")
     grid.on("head", "qdel", job)
     grid.wait_until_gone(job)
-    assert text(folder / "signals").split() == ["ready", "USR1", "USR2"]
+    assert list(dict.fromkeys(text(folder / "signals").split())) == ["ready", "USR1", "USR2"]
 
 
 # Work that `speechllm-submit` sends.
@@ -193,6 +193,9 @@ def test_rescheduling_under_way_loses_nothing(grid: Grid, shards: Path, undistur
     assert_same_run(job.run_dir, undisturbed)
 
 
+BETTER = "touch runs; until [ -e leave ]; do sleep 0.2; done"
+
+
 def test_a_better_queue_takes_the_host_and_the_run_goes_on_elsewhere(
     grid: Grid, shards: Path, undisturbed: Path
 ) -> None:
@@ -200,9 +203,10 @@ def test_a_better_queue_takes_the_host_and_the_run_goes_on_elsewhere(
     with job.held_after(5):
         [host] = grid.hosts_of(job.id)
         folder = grid.folder("better")
-        better = grid.qsub(folder, "touch runs; sleep 15", "-q", f"high.q@{host}")
+        better = grid.qsub(folder, BETTER, "-q", f"high.q@{host}")
         eventually(lambda: (folder / "runs").exists(), "the better job's start")
     job.wait_until_gone()
+    (folder / "leave").touch()
     grid.wait_until_gone(better)
     first, second = (start["hosts"][0] for start in job.starts())
     assert first == host != second, job.log()
@@ -219,7 +223,7 @@ def test_a_host_dies_and_the_group_meets_again_on_the_third(
     try:
         job.wait_until_gone()
     finally:
-        grid.revive()
+        grid.start()
     assert job.row()["state"] == "done", job.log()
     assert victim not in job.starts()[-1]["hosts"]
     assert len(set(job.starts()[-1]["hosts"])) == 2
@@ -227,7 +231,7 @@ def test_a_host_dies_and_the_group_meets_again_on_the_third(
 
 
 def test_too_few_hosts_are_given_up_with_a_reason(grid: Grid, shards: Path) -> None:
-    patience = ["--with", "meeting.timeout=4", "--with", "meeting.attempts=2"]
+    patience = ["--with", "meeting.timeout=3", "--with", "meeting.attempts=2"]
     job = submit_training(grid, shards, "lonely", "--nodes", 4, *WHOLE_HOST, *patience)
     eventually(lambda: any("E" in state for state, _ in grid.states(job.id).values()), job.log)
     row = job.row()
@@ -311,12 +315,12 @@ def test_decoding_in_parts_scores_like_one_process(
     split = f"test={shards}"
     one = ["-m", "speechllm", "generate", alone, "--split", split]
     grid.on("node1", *PYTHON, *one)
-    ids = submit(grid, "generate", undisturbed, "--split", split, "--parts", 3)
+    ids = submit(grid, "generate", undisturbed, "--split", split, "--parts", 2)
     grid.wait_until_gone(ids[-1])
     assert grid.exit_codes(ids[-1]) == [0]
     parts, whole = (text(run / "predictions" / "test.jsonl") for run in (undisturbed, alone))
     assert len(whole.splitlines()) == 48
     assert parts == whole
     rates = json.loads(text(undisturbed / "predictions" / "wer.json"))["test"]
-    [single] = json.loads(grid.on("node1", *PYTHON, "-m", "speechllm", "wer", "--json", alone))
-    assert rates["wer"] == single["wer"]
+    single = json.loads(grid.on("node1", *PYTHON, "-m", "speechllm", "wer", "--json", alone))
+    assert 0 < rates["wer"] == single[str(alone)]["test"]["wer"]
