@@ -58,7 +58,9 @@ def compile_in_place(modules: Iterable[nn.Module], *, backend: str = "inductor")
     """torch.compile for inputs of any length; a module is compiled when it is first called.
 
     Layers of one class share their machine code: what counts is how many kinds of layer there are
-    (and of calls: with or without a mask, one row or several), not how many layers.
+    (and of calls: with or without a mask, one row or several), not how many layers. Where there
+    are too many, torch says so and runs the rest uncompiled. Dropout draws other numbers than in
+    uncompiled layers.
 
     Raises:
         ConfigError: there is no C++ compiler, without which nothing can be compiled.
