@@ -236,6 +236,8 @@ def _generate(options: argparse.Namespace) -> int:
             raise UserError(
                 f"--split {split!r}: write it as NAME=DIR_OR_GLOB, as in test=data/test"
             )
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"--split {name!r}: a split's name is a plain name, as in test=DIR")
         splits[name] = patterns
     if options.merge is not None:
         return _merge(options, list(splits))

@@ -20,7 +20,7 @@ FRAMES = (1, 2, 31, 50)
 
 def whisper(context: Literal["trim", "pad30"] = "trim") -> WhisperFrames:
     cfg = schema.WhisperEncoder(id="random:whisper", context=context)
-    encoder = _build_encoder(cfg, torch.float32, CPU, CPU)
+    encoder = _build_encoder(cfg, 0, torch.float32, CPU, False)
     assert isinstance(encoder, WhisperFrames)
     # Fresh Whisper weights leave the biases zero, and with them faults at the edges unseen.
     generator = torch.Generator().manual_seed(4)
