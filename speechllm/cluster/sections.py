@@ -88,7 +88,8 @@ class Cpus(Section):
 
 class Time(Section):
     soft: Name | None = Field(
-        None, description="Name of the soft limit, as in s_rt; asked for at limit less margin."
+        None,
+        description="Name of the soft limit, as in s_rt; asked for at limit less half the margin.",
     )
     hard: Name | None = Field(None, description="Name of the hard limit, as in h_rt.")
     limit: Seconds | None = Field(

@@ -185,7 +185,7 @@ def _times(site: SiteProfile, facts: SiteFacts) -> Iterator[Finding]:
                     f"queue {queue} has {name} {limit:g} s, but the profile no time.limit: jobs "
                     f"do not save in time; write time.limit: {known[name]}",
                 )
-            elif limit < site.time.limit - (site.time.margin if name == "s_rt" else 0):
+            elif limit < site.time.limit - (site.time.margin / 2 if name == "s_rt" else 0):
                 yield Finding(
                     "wrong",
                     f"queue {queue} has {name} {limit:g} s, less than the profile's time.limit "

@@ -54,7 +54,7 @@ def test_parallel_environment() -> None:
     assert arguments[arguments.index("-pe") :][:3] == ["-pe", "mpi", "32"]
     assert arguments[arguments.index("-o") + 1] == f"{LOG}.log"
     requests = arguments[arguments.index("-l") + 1]
-    assert requests == "gpu=2,h_vmem=8192M,s_rt=23:50:00,h_rt=24:00:00"
+    assert requests == "gpu=2,h_vmem=8192M,s_rt=23:55:00,h_rt=24:00:00"
     assert "-t" not in arguments
     one = submit_arguments(make("sge_pe"))
     assert one[one.index("-pe") :][:3] == ["-pe", "smp", "8"]
@@ -118,7 +118,7 @@ def test_the_bound_on_running_tasks_never_stops_a_group_from_meeting() -> None:
         (["cpus.pe=smp", "cpus.slots=2", "gpus.per=job"], 3, {"gpu": "3"}),
         (["cpus.pe=smp", "cpus.slots=3", "ram.per=job"], 3, {"ram_free": "64G"}),
         (["requests.arch=lx-amd64"], 1, {"arch": "lx-amd64"}),
-        (["time.soft=s_rt", "time.limit=1:00:00"], 1, {"s_rt": "0:50:00"}),
+        (["time.soft=s_rt", "time.limit=1:00:00"], 1, {"s_rt": "0:55:00"}),
     ],
 )
 def test_requests_of_a_host(changes: list[str], gpus: int, requests: dict[str, str]) -> None:
