@@ -119,8 +119,15 @@ class Grid:
 
     def wait_until_gone(self, job: str) -> None:
         eventually(
-            lambda: not self.states(job), lambda: f"job {job}: {self.states(job)}", pause=0.5
+            lambda: not self.states(job),
+            lambda: f"job {job}: {self.states(job)}\n{self.messages()}",
+            pause=0.5,
         )
+
+    def messages(self) -> str:
+        """The last of what the master had to say."""
+        lines = (self.directory / "spool" / "qmaster" / "messages").read_text().splitlines()
+        return "\n".join(lines[-30:])
 
     def hosts_of(self, job: str) -> list[str]:
         return sorted(host for _, host in self.states(job).values() if host)
