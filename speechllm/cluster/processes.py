@@ -12,7 +12,7 @@ from speechllm.cluster.rank import read_records
 from speechllm.cluster.signals import (
     Forwarder,
     die_with_parent,
-    ignore_in_child,
+    ignore_stop_signals,
     kill_tree,
 )
 from speechllm.errors import UserError
@@ -42,7 +42,7 @@ class Processes:
         def before_exec() -> None:
             die_with_parent()
             if saves:
-                ignore_in_child()
+                ignore_stop_signals()
 
         try:
             self._launcher = subprocess.Popen(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from speechllm.cluster.group import AGAIN
-from speechllm.cluster.signals import die_with_parent
+from speechllm.cluster.signals import die_with_parent, ignore_stop_signals
 
 ARGUMENTS, RECORDS = "SPEECHLLM_RANK_ARGUMENTS", "SPEECHLLM_RANK_RECORDS"
 VISIBLE, DEVICES = "CUDA_VISIBLE_DEVICES", "SPEECHLLM_RANK_DEVICES"
@@ -52,6 +52,7 @@ def main(environment: Mapping[str, str] = os.environ) -> int:
     try:
         code = _run(json.loads(environment[ARGUMENTS]))
     finally:
+        ignore_stop_signals()  # Python's own end restores the defaults, by which one would kill
         _write(folder, RankRecord(rank, os.getpid(), code))
     # To a launcher every code but 0 is a failure, which it tells at length, and it kills the rest.
     # All ranks leave with AGAIN together, each after the checkpoint is there.

@@ -78,8 +78,8 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
-def ignore_in_child() -> None:
-    """Between fork and exec: what is started ignores stop signals until it installs handlers."""
+def ignore_stop_signals() -> None:
+    """Called between fork and exec, it holds for what is started until that installs handlers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from speechllm.cluster.job import Job
-from speechllm.cluster.signals import ignore_in_child
+from speechllm.cluster.signals import ignore_stop_signals
 from speechllm.errors import UserError
 
 NODE_TASK = "SPEECHLLM_NODE_TASK"
@@ -51,7 +51,7 @@ class Slaves:
                     str(self._script(job, folder, job_id, task)),
                 ],
                 stdin=subprocess.DEVNULL,
-                preexec_fn=ignore_in_child,
+                preexec_fn=ignore_stop_signals,
             )
             for task, host in enumerate(hosts[1:], start=2)
         ]
