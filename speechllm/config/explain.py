@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from speechllm.config.fields import all_keys, children, kinds
+from speechllm.config.fields import all_keys, children, members_at, named_children
 from speechllm.config.schema import Config
 from speechllm.config.section import Section
 
@@ -62,7 +62,7 @@ def _line(details: ErrorDetails, origins: Origins) -> str:
             place = origins.of(f"{key}.kind")
             tag = context["tag"]
             return f"{place}: {key}.kind: expected {_listed(valid)}, got {tag!r}{_near(tag, valid)}"
-        case "union_tag_not_found" | "model_type" | "model_attributes_type":
+        case "union_tag_not_found" | "model_type" | "model_attributes_type" | "dict_type":
             return f"{origins.of(key)}: {key}: expected a section of keys, got {value!r}"
         case "value_error":
             reason = str(context.get("error", details["msg"]))
@@ -100,6 +100,7 @@ def _place(loc: Sequence[int | str]) -> tuple[str, str, type[Section]]:
     names: list[str] = []
     cls: type[Section] = Config
     members: Mapping[str | None, type[Section]] = {}
+    by_name: type[Section] | None = None
     item = ""
     for part in loc:
         if len(members) > 1 and part in members:
@@ -111,7 +112,11 @@ def _place(loc: Sequence[int | str]) -> tuple[str, str, type[Section]]:
             item += f"[{part}]"
         else:
             names.append(part)
-            members = children(cls).get(part, {})
+            if by_name is not None:
+                members, by_name = {None: by_name}, None
+            else:
+                members = children(cls).get(part, {})
+                by_name = named_children(cls).get(part)
     return ".".join(names), item, cls
 
 
@@ -120,7 +125,7 @@ def _meant(name: str, key: str, cls: type[Section]) -> str:
     if "." in name and name in all_keys():
         return f"; write it as nested sections ({': '.join(name.split('.'))}: ...)"
     prefix = key.removesuffix(name).removesuffix(".")
-    owners = [kind for kind, other in _siblings(prefix).items() if name in other.model_fields]
+    owners = [kind for kind, other in members_at(prefix).items() if name in other.model_fields]
     if owners:
         kind = cls.model_fields["kind"].default
         return f" of kind {kind}; it belongs to {_listed([str(owner) for owner in owners])}"
@@ -134,15 +139,6 @@ def _meant(name: str, key: str, cls: type[Section]) -> str:
     if near:
         return f"; did you mean {by_name[near[0]]}?"
     return f"; there are {', '.join(cls.model_fields)}"
-
-
-def _siblings(prefix: str) -> Mapping[str | None, type[Section]]:
-    """The kinds of the section at `prefix`."""
-    members: Mapping[str | None, type[Section]] = {None: Config}
-    for name in prefix.split(".") if prefix else []:
-        cls = next(iter(members.values()))
-        members = kinds(cls.model_fields[name].annotation)
-    return members
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -28,10 +28,37 @@ def kinds(annotation: Any) -> dict[str | None, type[Section]]:
     return {}
 
 
+def named(annotation: Any) -> type[Section] | None:
+    """The class of the sections that a field holds by names of the user's own; None elsewhere."""
+    if get_origin(annotation) is dict:
+        (cls,) = kinds(get_args(annotation)[1]).values()
+        return cls
+    return None
+
+
 def children(section: type[Section]) -> dict[str, dict[str | None, type[Section]]]:
     """The fields of `section` that hold sections themselves, with their kinds."""
     found = {name: kinds(field.annotation) for name, field in section.model_fields.items()}
     return {name: members for name, members in found.items() if members}
+
+
+def named_children(section: type[Section]) -> dict[str, type[Section]]:
+    """The fields of `section` that hold sections by names, and the class of those."""
+    found = {name: named(field.annotation) for name, field in section.model_fields.items()}
+    return {name: cls for name, cls in found.items() if cls is not None}
+
+
+def members_at(key: str) -> Mapping[str | None, type[Section]]:
+    """The sections that may stand at a dotted key of a real configuration, by kind."""
+    members: Mapping[str | None, type[Section]] = {None: Config}
+    by_name: type[Section] | None = None
+    for name in key.split(".") if key else []:
+        if by_name is not None:
+            members, by_name = {None: by_name}, None
+            continue
+        field = next(iter(members.values())).model_fields[name]
+        members, by_name = kinds(field.annotation), named(field.annotation)
+    return members
 
 
 def default_kind(members: Mapping[str | None, type[Section]]) -> str | None:
@@ -40,7 +67,10 @@ def default_kind(members: Mapping[str | None, type[Section]]) -> str | None:
 
 
 def sections(root: type[Section] = Config) -> Iterator[tuple[str, str | None, type[Section]]]:
-    """(dotted key, kind, class) of the root ("") and of all sections below it, in schema order."""
+    """(dotted key, kind, class) of the root ("") and of all sections below it, in schema order.
+
+    NAME stands in the key of sections that have names of the user's own.
+    """
 
     def walk(
         prefix: str, members: Mapping[str | None, type[Section]]
@@ -49,6 +79,8 @@ def sections(root: type[Section] = Config) -> Iterator[tuple[str, str | None, ty
             yield prefix, kind, cls
             for name, below in children(cls).items():
                 yield from walk(f"{prefix}.{name}" if prefix else name, below)
+            for name, by_name in named_children(cls).items():
+                yield from walk(f"{prefix}.{name}.NAME", {None: by_name})
 
     return walk("", {None: root})
 

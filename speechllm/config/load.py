@@ -21,7 +21,7 @@ import yaml
 from pydantic import ValidationError
 
 from speechllm.config.explain import Origins, explain
-from speechllm.config.fields import children, default_kind, kinds
+from speechllm.config.fields import children, default_kind, kinds, named_children
 from speechllm.config.schema import Config
 from speechllm.config.section import Section
 from speechllm.errors import ConfigError
@@ -224,4 +224,11 @@ def _with_empty_sections(tree: Mapping[str, Any], cls: type[Section]) -> dict[st
             full[name] = {}
         if isinstance(full[name], dict) and None in members:
             full[name] = _with_empty_sections(full[name], members[None])
+    for name, by_name in named_children(cls).items():
+        if isinstance(full.get(name), dict):
+            named = {key: {} if value is None else value for key, value in full[name].items()}
+            full[name] = {
+                key: _with_empty_sections(value, by_name) if isinstance(value, dict) else value
+                for key, value in named.items()
+            }
     return full

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from speechllm.config.fields import children, default_kind, sections
+from speechllm.config.fields import children, default_kind, named_children, sections
 from speechllm.config.section import Section
 
 BEGIN = "<!-- generated from speechllm/config/schema.py: begin -->"
@@ -39,13 +39,15 @@ def _table(prefix: str, kind: str | None, cls: type[Section]) -> str:
     title = f"`{prefix}`" if prefix else "Top level"
     rows = [f"### {title}{f', kind `{kind}`' if kind else ''}", ""]
     rows += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    below = children(cls)
+    below, by_name = children(cls), named_children(cls)
     for name, field in cls.model_fields.items():
         if name in below:
             known = list(below[name])
             cells = ("section", "required" if field.is_required() else _usual(below[name]))
             if len(known) > 1:
                 cells = ("section of a kind: " + ", ".join(f"`{k}`" for k in known), cells[1])
+        elif name in by_name:
+            cells = ("sections by name", "none")
         else:
             cells = (_type(field), _default(field))
         assert field.description, f"{cls.__name__}.{name} has no description"

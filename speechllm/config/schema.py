@@ -10,42 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Tag, model_validator
 
+from speechllm.config.data import Data
 from speechllm.config.model import Model
-from speechllm.config.section import Path, Paths, Section, kind_tag
-
-
-class Data(Section):
-    train: Paths = Field((), description="Directories or globs of tar shards with their indexes.")
-    validation: Paths = Field((), description="The same, for evaluation during training.")
-    microbatch_tokens: int = Field(
-        4096, ge=1, description="Budget of one microbatch, padding included, in LLM positions."
-    )
-    microbatches_per_step: int = Field(
-        8, ge=1, description="M: microbatches of a step over all ranks together."
-    )
-    window: int = Field(
-        20_000, ge=1, description="Utterances that are bucketed by length together."
-    )
-    min_seconds: float = Field(0.1, ge=0, description="Shorter utterances are dropped.")
-    max_seconds: float = Field(60.0, gt=0, description="Longer utterances are dropped.")
-    characters_per_token: float = Field(
-        3.0, gt=0, description="Estimate by which text length enters the budget."
-    )
-    num_workers: int = Field(2, ge=0, description="Loader processes of each rank; 0: none.")
-    prefetch: int = Field(4, ge=1, description="Microbatches each worker keeps ready.")
-    max_bad_fraction: float = Field(
-        0.01, ge=0, le=1, description="A larger part of unreadable utterances stops the run."
-    )
-
-    @model_validator(mode="after")
-    def _some_length_fits(self) -> Data:
-        if self.min_seconds > self.max_seconds:
-            raise ValueError(
-                f"min_seconds {self.min_seconds} is above max_seconds {self.max_seconds}; "
-                "no utterance would be left"
-            )
-        return self
-
+from speechllm.config.section import Path, Section, kind_tag
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -164,7 +131,7 @@ class Config(Section):
         "auto", description="`auto`: the GPU of the local rank where there is one."
     )
     model: Model = Field(description="Encoder, connector, LLM, prompt.")
-    data: Data = Field(Data(), description="Shards, budgets, loading.")
+    data: Data = Field(Data(), description="Shards, mixtures, budgets, loading, augmentation.")
     optim: Optim = Field(Optim(), description="AdamW and its schedule.")
     train: Train = Field(Train(), description="Length of the run, checkpoints.")
     evaluation: Evaluation = Field(Evaluation(), description="Evaluation during training.")
