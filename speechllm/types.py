@@ -1,7 +1,7 @@
 """The few values that travel between the floors of the package.
 
 Shape legend: B examples of a microbatch, S positions of the LLM, A audio segments of a microbatch,
-N samples at 16 kHz.
+N samples at 16 kHz, G masks in time, H masks in frequency.
 """
 
 from __future__ import annotations
@@ -63,11 +63,24 @@ class TextSegment:
     trained: bool = False
 
 
+class SpecMasks(NamedTuple):
+    """Masks on the log-mel features of audio segments (SpecAugment); empty ones mask nothing.
+
+    Of one segment as numpy arrays, of a batch as tensors with a first axis A.
+    times_G2: int64, mel frames (100 per second): the first, and the one after the last.
+    bands_H2: float32, edges as parts of the mel axis: a bin whose middle lies within is masked.
+    """
+
+    times_G2: Any
+    bands_H2: Any
+
+
 @dataclass(frozen=True)
 class AudioSegment:
     """samples: int16 [N], mono, 16 kHz."""
 
     samples: np.ndarray
+    masks: SpecMasks | None = None
 
 
 Segment = TextSegment | AudioSegment
@@ -97,6 +110,7 @@ class Batch:
     audio_mask_BS: Tensor  # bool
     attention_mask_BS: Tensor  # int64, 1 where there is something
     labels_BS: Tensor  # int64, IGNORE except on trained tokens; labels[t] is the token AT t
+    masks: SpecMasks | None = None  # of the audio segments; none where none has any
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -107,6 +121,7 @@ class Batch:
             audio_mask_BS=self.audio_mask_BS.to(device, non_blocking=True),
             attention_mask_BS=self.attention_mask_BS.to(device, non_blocking=True),
             labels_BS=self.labels_BS.to(device, non_blocking=True),
+            masks=self.masks and SpecMasks(*(m.to(device, non_blocking=True) for m in self.masks)),
         )
 
     @property

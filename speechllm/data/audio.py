@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,6 +34,8 @@ _END_SLACK_SECONDS = 0.1
 _MP3_LENGTH_SLACK = 0.1
 _UNKNOWN_FRAMES = 1 << 40
 _BLOCK = 1 << 18
+
+Count = TypeVar("Count", int, np.ndarray)
 
 
 class AudioInfo(NamedTuple):
@@ -99,7 +101,7 @@ def encode_flac(samples: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def resampled_length(frames: int, rate: int) -> int:
+def resampled_length(frames: Count, rate: Count) -> Count:
     """Samples at 16 kHz that soxr makes of so many frames: rounded, halves upwards."""
     return (2 * frames * SAMPLE_RATE + rate) // (2 * rate)
 

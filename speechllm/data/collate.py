@@ -1,15 +1,16 @@
 """Examples to one padded batch.
 
-Shape legend: B examples, S positions of the LLM, A audio segments, N samples at 16 kHz.
+Shape legend: B examples, S positions of the LLM, A audio segments, N samples at 16 kHz, G masks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
-from speechllm.types import IGNORE, AudioSegment, Batch, Example
+from speechllm.types import IGNORE, AudioSegment, Batch, Example, SpecMasks
 
 
 def collate(
@@ -30,7 +31,8 @@ def collate(
         pad_id: any valid token id; fills padding and the places of audio.
         pad_left: padding goes before the examples, as generation needs it.
     """
-    audio = [s.samples for e in examples for s in e.segments if isinstance(s, AudioSegment)]
+    segments = [s for e in examples for s in e.segments if isinstance(s, AudioSegment)]
+    audio = [segment.samples for segment in segments]
     lengths = [len(samples) for samples in audio]
     audio_AN = torch.zeros(len(audio), max(lengths, default=0), dtype=torch.int16)
     for row_N, samples in zip(audio_AN, audio, strict=True):
@@ -57,7 +59,24 @@ def collate(
         audio_mask_BS=audio_mask_BS,
         attention_mask_BS=attention_mask_BS,
         labels_BS=labels_BS,
+        masks=_stacked([segment.masks for segment in segments]),
     )
+
+
+def _stacked(masks: Sequence[SpecMasks | None]) -> SpecMasks | None:
+    """The masks of all segments, those that have fewer filled up with empty ones."""
+    given = [m for m in masks if m is not None]
+    if not given:
+        return None
+    stacks = []
+    for field in range(len(SpecMasks._fields)):
+        count = max(len(m[field]) for m in given)
+        stack_AG2 = np.zeros((len(masks), count, 2), given[0][field].dtype)
+        for row_G2, m in zip(stack_AG2, masks, strict=True):
+            if m is not None:
+                row_G2[: len(m[field])] = m[field]
+        stacks.append(torch.from_numpy(stack_AG2))
+    return SpecMasks(*stacks)
 
 
 def _row(

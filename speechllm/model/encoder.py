@@ -15,6 +15,8 @@ from torch.nn import functional
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from speechllm.model.frontend import FRAME_SAMPLES, LogMel, num_frames
+from speechllm.model.specaugment import mask_features, masks_of_chunks, mean_of_rows
+from speechllm.types import SpecMasks
 
 CHUNK_FRAMES = 1500  # what every released Whisper has positions for: 30 s
 CHUNK_SAMPLES = CHUNK_FRAMES * FRAME_SAMPLES
@@ -40,27 +42,35 @@ class WhisperFrames(nn.Module):
         """D."""
         return int(self.encoder.config.d_model)
 
-    def forward(self, audio_AN: Tensor, lengths_A: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """int16 [A, N] and samples [A] (1 or more) -> frames [A, T, D] and frame counts [A].
 
-        T is what N samples give; frames beyond a row's count are arbitrary.
+        T is what N samples give; frames beyond a row's count are arbitrary. `masks` are put on the
+        log-mel features.
         """
         if audio_AN.shape[1] > CHUNK_SAMPLES:
-            chunks_CN, chunk_lengths_C = _cut(audio_AN, lengths_A)
-            frames_CTD, counts_C = self._encode(chunks_CN, chunk_lengths_C)
+            chunks_CN, chunk_lengths_C, used_C = _cut(audio_AN, lengths_A)
+            if masks is not None:
+                masks = masks_of_chunks(masks, CHUNK_FRAMES, used_C)
+            frames_CTD, counts_C = self._encode(chunks_CN, chunk_lengths_C, masks)
             return _join(frames_CTD, counts_C, num_frames(lengths_A), num_frames(audio_AN.shape[1]))
-        return self._encode(audio_AN, lengths_A)
+        return self._encode(audio_AN, lengths_A, masks)
 
-    def _encode(self, audio_AN: Tensor, lengths_A: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(
+        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None
+    ) -> tuple[Tensor, Tensor]:
         counts_A = num_frames(lengths_A)
         if self.context == "trim":
             mel_AFM, seen_A = self.log_mel(audio_AN, lengths_A)
+            mel_AFM = _masked(mel_AFM, seen_A, masks)
             return self._transformer(mel_AFM, seen_A), counts_A
         positions_N = torch.arange(audio_AN.shape[1], device=audio_AN.device)
         audio_AN = audio_AN.masked_fill(positions_N >= lengths_A[:, None], 0)
         padded_AN = functional.pad(audio_AN, (0, CHUNK_SAMPLES - audio_AN.shape[1]))
         mel_AFM, seen_A = self.log_mel(padded_AN, torch.full_like(lengths_A, CHUNK_SAMPLES))
-        frames_ATD = self._transformer(mel_AFM, seen_A)
+        frames_ATD = self._transformer(_masked(mel_AFM, seen_A, masks), seen_A)
         return frames_ATD[:, : num_frames(audio_AN.shape[1])], counts_A
 
     def _transformer(self, mel_AFM: Tensor, counts_A: Tensor) -> Tensor:
@@ -103,10 +113,13 @@ class FilterbankFrames(nn.Module):
         """D."""
         return self.projection.out_features
 
-    def forward(self, audio_AN: Tensor, lengths_A: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """int16 [A, N] and samples [A] (1 or more) -> frames [A, T, D] and frame counts [A].
 
-        T is what N samples give; frames beyond a row's count are arbitrary.
+        T is what N samples give; frames beyond a row's count are arbitrary. `masks` are put on the
+        log-mel features.
         """
         mel_AFM, counts_A = self.log_mel(audio_AN, lengths_A)
         num_A11 = 2 * counts_A[:, None, None]
@@ -114,18 +127,30 @@ class FilterbankFrames(nn.Module):
         mean_AF1 = mel_AFM.sum(2, keepdim=True) / num_A11  # features outside are zero
         centred_AFM = (mel_AFM - mean_AF1).masked_fill(outside_A1M, 0.0)
         variance_AF1 = centred_AFM.square().sum(2, keepdim=True) / num_A11
-        x_AMF = (centred_AFM * torch.rsqrt(variance_AF1 + 1e-5)).transpose(1, 2)
+        x_AFM = centred_AFM * torch.rsqrt(variance_AF1 + 1e-5)
+        if masks is not None:
+            x_AFM = mask_features(x_AFM, counts_A, masks, 0.0)  # the mean of every bin
+        x_AMF = x_AFM.transpose(1, 2)
         x_ATF = x_AMF.reshape(len(x_AMF), x_AMF.shape[1] // 2, 2 * x_AMF.shape[2])
         return self.projection(x_ATF), counts_A
 
 
-def _cut(audio_AN: Tensor, lengths_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Chunks of 30 s, row by row, the last of a row as long as what is left of it."""
+def _masked(mel_AFM: Tensor, counts_A: Tensor, masks: SpecMasks | None) -> Tensor:
+    """A frozen encoder has seen no zeros of a mask: the utterance's mean is as little as can be."""
+    if masks is None:
+        return mel_AFM
+    return mask_features(mel_AFM, counts_A, masks, mean_of_rows(mel_AFM, counts_A))
+
+
+def _cut(audio_AN: Tensor, lengths_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunks of 30 s, row by row, the last of a row as long as what is left of it; their samples;
+    and which chunks of the rectangle of all rows these are."""
     chunks_a_row = -(-audio_AN.shape[1] // CHUNK_SAMPLES)
     padded_AN = functional.pad(audio_AN, (0, chunks_a_row * CHUNK_SAMPLES - audio_AN.shape[1]))
     starts = torch.arange(chunks_a_row, device=lengths_A.device) * CHUNK_SAMPLES
     lengths = (lengths_A[:, None] - starts).clamp(max=CHUNK_SAMPLES).flatten()
-    return padded_AN.view(-1, CHUNK_SAMPLES)[lengths > 0], lengths[lengths > 0]
+    used_C = lengths > 0
+    return padded_AN.view(-1, CHUNK_SAMPLES)[used_C], lengths[used_C], used_C
 
 
 def _join(

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from speechllm.model.adapt import lora_dropouts
 from speechllm.model.ctc import CTCHead
 from speechllm.model.loss import label_loss
-from speechllm.types import IGNORE, Batch, LossSums, Objective
+from speechllm.types import IGNORE, Batch, LossSums, Objective, SpecMasks
 
 
 class SpeechLLM(nn.Module):
@@ -85,7 +85,9 @@ class SpeechLLM(nn.Module):
         assert len(batch.audio_AN) == len(batch.labels_BS), "CTC wants one audio an example"
         targets = [row_S[row_S != IGNORE][:-1] for row_S in batch.labels_BS]  # no end token
         with self.autocast():
-            tokens_AKW, counts_A = self.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
+            tokens_AKW, counts_A = self.audio_tokens(
+                batch.audio_AN, batch.audio_lengths_A, batch.masks
+            )
             sums: LossSums = self.ctc_head(tokens_AKW, counts_A, targets)
             if not (torch.is_grad_enabled() and _trains(self.llm)):
                 return sums
@@ -115,7 +117,9 @@ class SpeechLLM(nn.Module):
             embeds_BSW = self.llm.get_input_embeddings()(batch.tokens_BS)
             if len(batch.audio_AN) == 0:
                 return embeds_BSW
-            tokens_AKW, counts_A = self.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
+            tokens_AKW, counts_A = self.audio_tokens(
+                batch.audio_AN, batch.audio_lengths_A, batch.masks
+            )
             positions_K = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device)
             audio = tokens_AKW[positions_K < counts_A[:, None]]
             places = batch.audio_mask_BS.flatten().nonzero().squeeze(1)
@@ -123,10 +127,12 @@ class SpeechLLM(nn.Module):
             flat = embeds_BSW.flatten(0, 1).index_copy(0, places, audio.to(embeds_BSW.dtype))
             return flat.view_as(embeds_BSW)
 
-    def audio_tokens(self, audio_AN: Tensor, lengths_A: Tensor) -> tuple[Tensor, Tensor]:
+    def audio_tokens(
+        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None = None
+    ) -> tuple[Tensor, Tensor]:
         """int16 [A, N] and samples [A] -> audio tokens [A, K, W] and their counts [A]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.encoder)):
-            frames_ATD, counts_A = self.encoder(audio_AN, lengths_A)
+            frames_ATD, counts_A = self.encoder(audio_AN, lengths_A, masks)
         return self.connector(frames_ATD, counts_A)
 
     def autocast(self) -> AbstractContextManager[object]:
