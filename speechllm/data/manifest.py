@@ -1,56 +1,69 @@
-"""Reading JSONL manifests: one utterance a line, checked before anything is made of it."""
+"""The utterances of one or more sources in a canonical form that shards are planned from.
+
+A manifest is lines of JSON in one block of bytes, with arrays that say where each begins, because
+a Python object for each of some million utterances takes gigabytes.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import os
-from dataclasses import dataclass, field
-from typing import Any
+import io
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 
-import fsspec
-
-from speechllm.data.files import local_path
+from speechllm.data.sources.utterance import Access, SourceUtterance, encode_line
 from speechllm.errors import DataError
 
-_OWN_FIELDS = frozenset({"id", "audio", "text", "start", "end", "channel"})
-_REMEDY = 'a line reads {"id": "...", "audio": "path", "text": "..."}'
 
+class Ids(Sequence[str]):
+    """Ids end to end in UTF-8. 5 M ids of 25 characters take 165 MB, as strings 375 MB."""
 
-@dataclass(frozen=True)
-class Entry:
-    """One line. text: stripped, or None where it is missing or empty. start, end: seconds of the
-    audio. channel: from 0. fields: everything else that the line holds.
-    """
+    def __init__(self, content: bytes, ends: np.ndarray) -> None:
+        self._content = content
+        self._ends = ends
 
-    id: str
-    audio: str
-    text: str | None
-    start: float | None = None
-    end: float | None = None
-    channel: int | None = None
-    fields: dict[str, Any] = field(default_factory=dict)
+    def __len__(self) -> int:
+        return len(self._ends)
 
-    @property
-    def is_cut(self) -> bool:
-        """Whether the utterance is a part of its audio file."""
-        return not (self.start is None and self.end is None and self.channel is None)
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"id {i} of {len(self)}")
+        i %= len(self)
+        first = int(self._ends[i - 1]) if i else 0
+        return self._content[first : int(self._ends[i])].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        first = 0
+        for last in self._ends:
+            yield self._content[first:last].decode()
+            first = last
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A manifest whose every line was found good.
+    """Utterances with distinct ids.
 
-    line_numbers: int64 [U], from 1. bounds: int64 [U, 2], the lines' byte ranges in `content`.
-    sha256: of the content.
+    path: what messages call it. name: of shards made from it. access: how its audio is opened.
+    content: one line an utterance, see `encode_line`. line_numbers: int64 [U], the place within its
+    source. bounds: int64 [U, 2], the lines' byte ranges in `content`. sha256: of the content, in
+    which relative paths stay relative, so that a corpus that was merely moved keeps it.
     """
 
     path: str
+    name: str
+    access: Access
     content: bytes
-    ids: list[str]
+    ids: Ids
     line_numbers: np.ndarray
     bounds: np.ndarray
     sha256: str
@@ -59,120 +72,90 @@ class Manifest:
         return len(self.ids)
 
     @property
-    def name(self) -> str:
-        """The file's name without its extensions: `a/train.jsonl.gz` -> `train`."""
-        base = self.path.rsplit("/", 1)[-1]
-        for extension in (".gz", ".bz2", ".xz", ".zst", ".jsonl", ".json"):
-            base = base.removesuffix(extension)
-        return base
-
-    @property
     def directory(self) -> str:
-        """What relative audio paths are relative to."""
-        if local_path(self.path) is not None:
-            return os.path.dirname(os.path.abspath(self.path))
-        return self.path.rsplit("/", 1)[0]
+        """What relative audio paths are relative to, for messages."""
+        return ", ".join(dict.fromkeys(self.access.roots))
 
     def line(self, i: int) -> bytes:
         first, last = self.bounds[i]
         return self.content[first:last]
 
 
-def read_manifest(path: str) -> Manifest:
-    """Read and check a whole manifest (`.gz`, `.bz2`, `.xz` are unpacked; urls work).
+class ManifestBuilder:
+    """Collects the utterances of sources one after another."""
 
-    Raises DataError naming file and line for a missing file, a line that is no JSON object, a
-    missing or mistyped field, and an id that occurs twice.
-    """
-    try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            content: bytes = file.read()
-    except (OSError, ValueError, ImportError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    ids: list[str] = []
-    numbers: list[int] = []
-    bounds: list[tuple[int, int]] = []
-    line_of: dict[str, int] = {}
-    first = 3 if content.startswith(b"\xef\xbb\xbf") else 0
-    number = 0
-    while first < len(content):
-        number += 1
-        last = content.find(b"\n", first)
-        last = len(content) if last < 0 else last
-        line = content[first:last]
-        if line.strip():
-            entry = parse_line(line, f"{path}:{number}")
-            earlier = line_of.setdefault(entry.id, number)
-            if earlier != number:
-                raise DataError(
-                    f"{path}: id {entry.id!r} is on line {earlier} and on line {number}; "
-                    "ids must be unique"
-                )
-            ids.append(entry.id)
-            numbers.append(number)
-            bounds.append((first, last))
-        first = last + 1
-    if not ids:
-        raise DataError(f"{path}: no lines; {_REMEDY}")
-    sha256 = hashlib.sha256(content).hexdigest()
-    shaped = np.array(bounds, dtype=np.int64).reshape(-1, 2)
-    return Manifest(path, content, ids, np.array(numbers, dtype=np.int64), shaped, sha256)
+    def __init__(self) -> None:
+        self._content = io.BytesIO()
+        self._ids = io.BytesIO()
+        self._id_ends, self._ends = array("q"), array("q")
+        self._hashes, self._numbers = array("q"), array("q")
+        self._labels: list[str] = []
+        self._roots: list[str] = []
+        self._firsts: list[int] = []  # number of the first utterance of each source
 
+    def begin(self, label: str, root: str) -> None:
+        """What is added from now on is of this source."""
+        self._labels.append(label)
+        self._roots.append(root)
+        self._firsts.append(len(self._ends))
 
-def parse_line(line: bytes, where: str) -> Entry:
-    """One line. Raises DataError starting with `where`."""
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON ({error}); {_REMEDY}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: not a JSON object; {_REMEDY}")
-    for name in ("id", "audio"):
-        value = values.get(name)
-        if not isinstance(value, str) or not value:
-            raise DataError(f"{where}: `{name}` must be a string that is not empty; {_REMEDY}")
-    try:
-        values["id"].encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: `id` is not Unicode ({error.reason})") from error
-    text = values.get("text")
-    if text is not None and not isinstance(text, str):
-        raise DataError(f"{where}: `text` must be a string, not {json.dumps(text)[:40]}")
-    return Entry(
-        id=values["id"],
-        audio=values["audio"],
-        text=(text or "").strip() or None,
-        start=_seconds(values, "start", where),
-        end=_seconds(values, "end", where),
-        channel=_channel(values, where),
-        fields={name: value for name, value in values.items() if name not in _OWN_FIELDS},
-    )
+    def add(self, number: int, utterance: SourceUtterance) -> None:
+        """Raises DataError for an id that is empty or not Unicode."""
+        if not utterance.id:
+            raise DataError(f"{self._labels[-1]}:{number}: an empty id")
+        try:
+            self._ids.write(utterance.id.encode())
+        except UnicodeEncodeError as error:
+            where = f"{self._labels[-1]}:{number}"
+            raise DataError(f"{where}: `id` is not Unicode ({error.reason})") from error
+        self._id_ends.append(self._ids.tell())
+        self._hashes.append(hash(utterance.id))
+        self._numbers.append(number)
+        self._content.write(encode_line(utterance, len(self._roots) - 1))
+        self._content.write(b"\n")
+        self._ends.append(self._content.tell())
 
+    def finish(self, name: str, access: Access) -> Manifest:
+        """`access` gets the roots of the sources. Raises DataError for ids that occur twice."""
+        ids = Ids(self._ids.getvalue(), np.array(self._id_ends, dtype=np.int64))
+        self._refuse_repeated(ids)
+        content = self._content.getvalue()
+        ends = np.array(self._ends, dtype=np.int64)
+        bounds = np.empty((len(ends), 2), np.int64)
+        bounds[1:, 0] = ends[:-1]
+        bounds[:1, 0] = 0
+        bounds[:, 1] = ends - 1
+        return Manifest(
+            path=", ".join(dict.fromkeys(self._labels)),
+            name=name,
+            access=Access(tuple(self._roots), access.command_timeout, access.command_cache),
+            content=content,
+            ids=ids,
+            line_numbers=np.array(self._numbers, dtype=np.int64),
+            bounds=bounds,
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
 
-def source_path(directory: str, audio: str) -> str:
-    """Where a manifest in `directory` finds an audio path or url of its lines."""
-    if local_path(audio) is None or os.path.isabs(audio):
-        return audio
-    if local_path(directory) is None:
-        return f"{directory}/{audio}"
-    return os.path.join(directory, audio)
+    def _refuse_repeated(self, ids: Ids) -> None:
+        hashes = np.array(self._hashes, dtype=np.int64)
+        order = np.argsort(hashes, kind="stable")
+        ordered = hashes[order]
+        alike = np.flatnonzero(ordered[1:] == ordered[:-1])
+        pairs = sorted(zip(order[alike].tolist(), order[alike + 1].tolist(), strict=True))
+        for one, other in pairs:
+            if ids[one] == ids[other]:
+                raise self._repeated(ids[one], one, other)
 
-
-def _seconds(values: dict[str, Any], name: str, where: str) -> float | None:
-    value = values.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: `{name}` must be a number of seconds, not {value!r}")
-    if value < 0:
-        raise DataError(f"{where}: `{name}` is negative ({value})")
-    return float(value)
-
-
-def _channel(values: dict[str, Any], where: str) -> int | None:
-    value = values.get("channel")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise DataError(f"{where}: `channel` must be 0, 1, ..., not {value!r}")
-    return value
+    def _repeated(self, name: str, one: int, other: int) -> DataError:
+        first, second = (int(np.searchsorted(self._firsts, i, "right")) - 1 for i in (one, other))
+        lines = self._numbers[one], self._numbers[other]
+        if first == second:
+            return DataError(
+                f"{self._labels[first]}: id {name!r} is on line {lines[0]} and on line {lines[1]}; "
+                "ids must be unique"
+            )
+        return DataError(
+            f"id {name!r} is both in {self._labels[first]}:{lines[0]} and in "
+            f"{self._labels[second]}:{lines[1]}; give one of the sources a prefix, e.g. "
+            f"{self._labels[second]},prefix=b-"
+        )

@@ -1,109 +1,88 @@
 from __future__ import annotations
 
-import gzip
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from speechllm.data.manifest import Entry, parse_line, read_manifest, source_path
+from speechllm.data.manifest import Ids, Manifest, ManifestBuilder
+from speechllm.data.sources.utterance import (
+    Access,
+    AudioRef,
+    CommandAudio,
+    FileAudio,
+    RowAudio,
+    SliceAudio,
+    SourceUtterance,
+    decode_line,
+    encode_line,
+    source_name,
+)
 from speechllm.errors import DataError
 
-GOOD = {"id": "a", "audio": "a.flac", "text": "hello"}
+
+def build(*names: str) -> Manifest:
+    builder = ManifestBuilder()
+    builder.begin("m.jsonl", "/data")
+    for number, name in enumerate(names, 1):
+        builder.add(number, SourceUtterance(name, FileAudio("a.flac"), "x"))
+    return builder.finish("m", Access(()))
 
 
-def write(path: Path, *lines: dict[str, Any] | str) -> str:
-    texts = [one if isinstance(one, str) else json.dumps(one) for one in lines]
-    path.write_text("\n".join(texts), encoding="utf-8")
-    return str(path)
+@given(names=st.lists(st.text("aéž😀", min_size=1), unique=True))
+def test_ids_are_a_sequence_of_strings(names: list[str]) -> None:
+    ids = build(*names).ids
+    assert isinstance(ids, Ids)
+    assert list(ids) == names
+    assert [ids[i] for i in range(len(names))] == names
+    assert ids[1:] == names[1:]
+    if names:
+        assert ids[-1] == names[-1]
+    with pytest.raises(IndexError):
+        ids[len(names)]
 
 
-def test_a_manifest_is_read(tmp_path: Path) -> None:
-    path = write(tmp_path / "my.train.jsonl", "\ufeff" + json.dumps(GOOD), "", {**GOOD, "id": "b"})
-    manifest = read_manifest(path)
-    assert manifest.ids == ["a", "b"]
-    assert manifest.line_numbers.tolist() == [1, 3]
-    assert [json.loads(manifest.line(i))["id"] for i in range(2)] == ["a", "b"]
-    assert manifest.name == "my.train"
-    assert manifest.directory == str(tmp_path)
+def test_lines_are_found_by_number() -> None:
+    manifest = build("a", "b", "c")
+    assert [json.loads(manifest.line(i))["id"] for i in range(3)] == ["a", "b", "c"]
+    assert manifest.line_numbers.tolist() == [1, 2, 3]
+    assert manifest.bounds.shape == (3, 2)
+    assert (manifest.path, manifest.directory) == ("m.jsonl", "/data")
 
 
-def test_windows_line_ends_and_gzip(tmp_path: Path) -> None:
-    lines = (json.dumps(GOOD) + "\r\n" + json.dumps({**GOOD, "id": "b"}) + "\r\n").encode()
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(lines))
-    manifest = read_manifest(str(path))
-    assert manifest.ids == ["a", "b"]
-    assert manifest.name == "a"
+@given(names=st.lists(st.text("abc", min_size=1), min_size=1))
+def test_only_distinct_ids_are_taken(names: list[str]) -> None:
+    if len(set(names)) == len(names):
+        assert len(build(*names)) == len(names)
+        return
+    with pytest.raises(DataError, match=r"m\.jsonl: id '.*' is on line .* and on line"):
+        build(*names)
 
 
-def test_a_line_becomes_an_entry() -> None:
-    values = {**GOOD, "text": " ž ", "start": 1, "end": 2.5, "channel": 1, "speaker": "s", "x": [1]}
-    assert parse_line(json.dumps(values).encode(), "m:1") == Entry(
-        "a", "a.flac", "ž", 1.0, 2.5, 1, {"speaker": "s", "x": [1]}
-    )
-    assert parse_line(json.dumps(values).encode(), "m:1").is_cut
-    assert not parse_line(json.dumps({**GOOD, "start": None}).encode(), "m:1").is_cut
-
-
-@pytest.mark.parametrize("text", [{}, {"text": None}, {"text": ""}, {"text": " \n"}])
-def test_missing_text_is_left_to_be_counted(text: dict[str, Any]) -> None:
-    values = {"id": "a", "audio": "a.flac", **text}
-    assert parse_line(json.dumps(values).encode(), "m:1").text is None
+@pytest.mark.parametrize(("name", "message"), [("", "an empty id"), ("\ud800", "is not Unicode")])
+def test_wrong_ids_are_named(name: str, message: str) -> None:
+    with pytest.raises(DataError, match=rf"m\.jsonl:2: .*{message}"):
+        build("a", name)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("audio", "source"),
     [
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ("7", "not a JSON object"),
-        ({"audio": "a", "text": "x"}, "`id` must be a string"),
-        ({**GOOD, "id": 7}, "`id` must be a string"),
-        ({**GOOD, "id": ""}, "`id` must be a string"),
-        ({**GOOD, "id": "\ud800"}, "`id` is not Unicode"),
-        ({"id": "a", "text": "x"}, "`audio` must be a string"),
-        ({**GOOD, "text": 7}, "`text` must be a string, not 7"),
-        ({**GOOD, "start": "1"}, "`start` must be a number of seconds"),
-        ({**GOOD, "end": True}, "`end` must be a number of seconds"),
-        ('{"id": "a", "audio": "a", "text": "x", "end": NaN}', "`end` must be a number of seconds"),
-        ({**GOOD, "start": -1}, "`start` is negative"),
-        ({**GOOD, "channel": 1.5}, "`channel` must be 0, 1"),
-        ({**GOOD, "channel": -1}, "`channel` must be 0, 1"),
+        (FileAudio("a/ž.flac"), "a/ž.flac"),
+        (SliceAudio("x.ark", 7, None, "wav"), "x.ark:7"),
+        (SliceAudio("x.tar", 512, 100, "flac"), "x.tar:512"),
+        (CommandAudio("sox a |b"), "sox a |b |"),
+        (RowAudio("x.arrow", 3, "audio", "flac"), "x.arrow:3"),
     ],
 )
-def test_a_wrong_line_is_named(tmp_path: Path, line: dict[str, Any] | str, message: str) -> None:
-    path = write(tmp_path / "m.jsonl", {**GOOD, "id": "first"}, line)
-    with pytest.raises(DataError, match=rf"m\.jsonl:2: .*{message}"):
-        read_manifest(path)
+def test_every_audio_survives_its_line(audio: AudioRef, source: str) -> None:
+    one = SourceUtterance("i", audio, "ž", 0.5, 1.5, 1, {"start": 7, "deep": {"a": [None]}}, 3.5, 2)
+    assert decode_line(encode_line(one, 2)) == one
+    assert source_name(audio) == source
 
 
-def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(b'{"id": "a", "audio": "a", "text": "\xff"}\n')
-    with pytest.raises(DataError, match=r"m\.jsonl:1: not JSON .*utf-8"):
-        read_manifest(str(path))
-
-
-def test_an_id_twice_names_both_lines(tmp_path: Path) -> None:
-    path = write(tmp_path / "m.jsonl", GOOD, {**GOOD, "id": "b"}, GOOD)
-    with pytest.raises(DataError, match="id 'a' is on line 1 and on line 3"):
-        read_manifest(path)
-
-
-def test_missing_and_empty_manifests(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere\.jsonl: cannot be read"):
-        read_manifest(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(DataError, match=r"m\.jsonl: no lines"):
-        read_manifest(write(tmp_path / "m.jsonl", "", ""))
-    (tmp_path / "bad.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match=r"bad\.jsonl\.gz: cannot be read"):
-        read_manifest(str(tmp_path / "bad.jsonl.gz"))
-
-
-def test_where_audio_is_found() -> None:
-    assert source_path("/data", "wav/a.wav") == "/data/wav/a.wav"
-    assert source_path("/data", "/other/a.wav") == "/other/a.wav"
-    assert source_path("/data", "s3://b/a.wav") == "s3://b/a.wav"
-    assert source_path("s3://b/set", "a.wav") == "s3://b/set/a.wav"
+def test_text_is_stripped_and_half_a_surrogate_kept_for_later() -> None:
+    for text, wanted in ((" a ", "a"), (" \n", None), (None, None), ("\ud800", "\ud800")):
+        one = SourceUtterance("i", FileAudio("a"), text)
+        assert decode_line(encode_line(one, 0)).text == wanted

@@ -1,0 +1,1 @@
+"""Corpora of many kinds as streams of one kind of utterance."""

@@ -1,0 +1,61 @@
+"""Numbers and paths as corpora write them."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from speechllm.data.files import local_path
+from speechllm.errors import DataError
+
+
+def is_absolute(path: str) -> bool:
+    """Whether a path or url means the same whatever the root."""
+    return local_path(path) is None or os.path.isabs(path) or path.startswith("file://")
+
+
+def directory_of(path: str) -> str:
+    """Where the file lies, as an absolute path or a url."""
+    local = local_path(path)
+    if local is not None:
+        return os.path.dirname(os.path.abspath(local))
+    return path.rsplit("/", 1)[0]
+
+
+def beside(path: str, name: str) -> str:
+    """`name` in the directory `path`, which may be a url."""
+    return f"{path.rstrip('/')}/{name}" if local_path(path) is None else os.path.join(path, name)
+
+
+def require_directory(path: str, what: str) -> None:
+    """Raises DataError where there is no local directory of that name."""
+    if not os.path.isdir(path):
+        raise DataError(f"{path}: no such directory; {what}")
+
+
+def seconds(value: Any, name: str, where: str) -> float | None:
+    """A number, or text that is one; None stays None. Raises DataError for anything else."""
+    if value is None or value == "":
+        return None
+    number = value
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+        raise DataError(f"{where}: `{name}` must be a number of seconds, not {value!r}")
+    if number < 0:
+        raise DataError(f"{where}: `{name}` is negative ({value})")
+    return float(number)
+
+
+def channel(value: Any, name: str, where: str) -> int | None:
+    """0, 1, ..., also as text; None stays None. Raises DataError for anything else."""
+    if value is None or value == "":
+        return None
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise DataError(f"{where}: `{name}` must be 0, 1, ..., not {value!r}")
+    return number
