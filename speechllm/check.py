@@ -70,9 +70,8 @@ def _check_data(config: Config, findings: Findings) -> None:
             findings.bad(f"{key}: {error}")
             continue
         kept = split.selection.kept
-        hours = split.corpus.durations[kept].sum() / 3600
         findings.good(
-            f"{key}: {len(split.corpus.shards)} shards, {len(kept)} utterances, {hours:.2f} h"
+            f"{key}: {len(split.corpus.shards)} shards, {len(kept)} utterances, {split.hours:.2f} h"
         )
         for reason, numbers in split.selection.dropped.items():
             if len(numbers):

@@ -14,16 +14,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speechllm.config.schema import Config
+from speechllm.data.cache import BlockCache
 from speechllm.data.index import Corpus, open_corpus
-from speechllm.data.plan import (
-    EpochPlan,
-    PlanSettings,
-    Selection,
-    plan_epoch,
-    select,
-    utterance_costs,
-)
+from speechllm.data.plan import ORDER, EpochPlan, PlanSettings, plan_epoch
+from speechllm.data.plan_table import PlanTable
 from speechllm.data.prompt import Prompter
+from speechllm.data.selection import CostSettings, Selection, populate
 from speechllm.data.store import Store
 from speechllm.errors import ConfigError, DataError
 from speechllm.log import logger
@@ -31,7 +27,6 @@ from speechllm.model.build import AudioTokens, audio_token_counter, bf16_is_fast
 from speechllm.model.pretrained import load_tokenizer
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.strategy.build import frozen_weights, loading
-from speechllm.types import SAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,10 @@ class Split:
 
     corpus: Corpus
     store: Store
-    costs: np.ndarray  # int64 [utterances], LLM positions
+    costs: np.ndarray  # int32 [utterances], LLM positions
     selection: Selection
+    hours: float  # of audio that is used
+    table: PlanTable
 
 
 def settle_precision(config: Config, device: torch.device) -> Config:
@@ -107,22 +104,16 @@ def open_split(
     """Raises ConfigError without `patterns`, DataError where nothing is left; both name `key`."""
     if not patterns:
         raise ConfigError(f"{key} is not set; give a directory or glob of shards: {key}=DIR")
-    corpus = open_corpus(patterns)
-    samples = np.ceil(corpus.durations * SAMPLE_RATE).astype(np.int64)
-    costs = utterance_costs(
-        text.audio_tokens(samples),
-        corpus.text_lengths,
+    corpus = open_corpus(patterns, open_cache(config))
+    settings = CostSettings(
         text.prompter.max_prompt_tokens,
         config.data.characters_per_token,
+        config.data.min_seconds,
+        config.data.max_seconds,
+        budget,
     )
-    selection = select(
-        corpus.durations,
-        corpus.text_lengths,
-        costs,
-        min_seconds=config.data.min_seconds,
-        max_seconds=config.data.max_seconds,
-        budget=budget,
-    )
+    found = populate(corpus, text.audio_tokens, settings)
+    selection = found.selection
     for reason, numbers in selection.dropped.items():
         if len(numbers):
             logger.warning(
@@ -139,7 +130,14 @@ def open_split(
             f"{key}: none of the {len(corpus)} utterances can be used (dropped: {drops}); "
             "see data.min_seconds, data.max_seconds and data.microbatch_tokens"
         )
-    return Split(corpus, Store(corpus), costs, selection)
+    return Split(corpus, Store(corpus), found.costs, selection, found.hours, found.table)
+
+
+def open_cache(config: Config) -> BlockCache | None:
+    """Raises ConfigError where the directory cannot be made."""
+    if config.data.cache_dir is None:
+        return None
+    return BlockCache(config.data.cache_dir, int(config.data.cache_size * 2**30))
 
 
 def plan_settings(config: Config) -> PlanSettings:
@@ -162,6 +160,7 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
             split.selection.kept,
             plan_settings(config),
             epoch,
+            split.table,
         )
 
     return plan_of
@@ -176,6 +175,7 @@ def data_identity(config: Config, split: Split) -> dict[str, Any]:
             "utterances": len(split.selection.kept),
             "hash": f"{split.corpus.fingerprint}:{len(split.selection.kept)}",
         },
+        "data order": ORDER,
         "seed": settings.seed,
         "data.microbatch_tokens": settings.microbatch_tokens,
         "data.microbatches_per_step": settings.microbatches_per_step,

@@ -249,7 +249,7 @@ def _say_what_runs(
     )  # fmt: skip
     logger.info(
         "%d utterances, %.2f h; an epoch is %d steps of %d microbatches, padding %.1f %%",
-        len(kept), train.corpus.durations[kept].sum() / 3600, plan.num_steps,
+        len(kept), train.hours, plan.num_steps,
         config.data.microbatches_per_step, 100 * plan.padding_fraction,
     )  # fmt: skip
     waste = -config.data.microbatches_per_step % world.size

@@ -29,7 +29,7 @@ class MemoryStore:
     def __init__(self, bad: dict[int, str] | None = None, silent: tuple[int, ...] = ()) -> None:
         self.bad = bad or {}
         self.silent = silent
-        self.corpus = SimpleNamespace(location=self._location)
+        self.corpus = SimpleNamespace(location=self._location, cache=None)
 
     def _location(self, i: int) -> SimpleNamespace:
         return SimpleNamespace(key=f"u{i}", shard=f"shard{i % 3}.tar")

@@ -1,17 +1,18 @@
-"""Where bytes lie: local paths by the operating system, everything else through fsspec."""
+"""Where bytes lie: local paths by the operating system, everything else by `remote`."""
 
 from __future__ import annotations
 
 import glob
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fsspec.core import url_to_fs
-
+from speechllm.data import remote
+from speechllm.data.remote import Stat, filesystem
 from speechllm.errors import DataError
 
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -24,35 +25,29 @@ def local_path(url: str) -> str | None:
     return None if "://" in url or "::" in url else url
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a url and the path in it.
-
-    Raises DataError for an unknown protocol or one whose package is not installed.
-    """
-    try:
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url}: cannot be reached ({error})") from error
-
-
 def open_binary(url: str) -> Any:
     """A seekable file for reading bytes; `.gz` and the like are taken as they are."""
     path = local_path(url)
     if path is not None:
         return open(path, "rb")
+    if remote.is_http(url):
+        return remote.open_http(url)
     fs, inner = filesystem(url)
     with _as_os_errors():
         return fs.open(inner, "rb")
 
 
 def read_bytes(url: str) -> bytes:
-    with open_binary(url) as file, _as_os_errors():
+    """A whole file. Raises OSError, or DataError where a remote one does not come."""
+    path = local_path(url)
+    if path is None:
+        return remote.fetch_all(url)
+    with open(path, "rb") as file:
         return file.read()
 
 
 def read_range(fs: Any, path: str, offset: int, size: int) -> bytes:
-    """Bytes of a file on an fsspec file system; other than `size` of them where it is shorter or
-    its server serves no ranges."""
+    """Bytes of a file on an fsspec file system; fewer where it is shorter."""
     with _as_os_errors():
         return fs.cat_file(path, start=offset, end=offset + size)
 
@@ -60,12 +55,16 @@ def read_range(fs: Any, path: str, offset: int, size: int) -> bytes:
 def file_size(url: str) -> int | None:
     """Bytes, or None where a server does not tell. Raises OSError when the file is not there."""
     path = local_path(url)
-    if path is not None:
-        return os.stat(path).st_size
-    fs, inner = filesystem(url)
-    with _as_os_errors():
-        size = fs.info(inner).get("size")
-    return None if size is None else int(size)
+    return os.stat(path).st_size if path is not None else remote.stat(url).size
+
+
+def file_stamp(url: str) -> Stat:
+    """Size and version of a file: one that is written anew has another stamp. Raises OSError."""
+    path = local_path(url)
+    if path is None:
+        return remote.stat(url)
+    about = os.stat(path)
+    return Stat(about.st_size, str(about.st_mtime_ns))
 
 
 @contextmanager
@@ -88,6 +87,8 @@ def write_atomically(url: str, data: bytes) -> None:
     path = local_path(url)
     try:
         if path is None:
+            if remote.is_http(url):
+                raise DataError(f"{url}: cannot be written over http")
             fs, inner = filesystem(url)
             with _as_os_errors():
                 fs.pipe_file(inner, data)
@@ -119,6 +120,7 @@ def list_tars(pattern: str) -> list[str]:
     """The tars that a directory, a glob, a `{000..123}` range or a single name stands for.
 
     Local results are absolute paths. A plain `x.tar` is returned whether or not it is there.
+    Raises DataError where an http server would have to be asked what it holds.
     """
     found: list[str] = []
     for one in expand_braces(pattern):
@@ -132,6 +134,9 @@ def list_tars(pattern: str) -> list[str]:
             else:
                 found += glob.glob(path, recursive=True)
             continue
+        if remote.is_http(one):
+            found += _http_tars(one)
+            continue
         fs, inner = filesystem(one)
         if glob.has_magic(inner):
             found += [fs.unstrip_protocol(name) for name in fs.glob(inner)]
@@ -141,3 +146,18 @@ def list_tars(pattern: str) -> list[str]:
             names = fs.glob(inner.rstrip("/") + "/*.tar")
             found += [fs.unstrip_protocol(name) for name in names]
     return found
+
+
+def _http_tars(url: str) -> list[str]:
+    """http has no directories: shards are named, or a dataset.json names those beside it."""
+    if url.endswith(".tar") and not glob.has_magic(url):
+        return [url]
+    card = f"{url.rstrip('/')}/dataset.json"
+    try:
+        names = [shard["file"] for shard in json.loads(read_bytes(card))["shards"]]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{url}: what an http server holds cannot be listed, and no shards are named by {card} "
+            f"({error}); name them, e.g. https://HOST/DIR/train-{{000000..000123}}.tar"
+        ) from error
+    return [f"{url.rstrip('/')}/{name}" for name in names]

@@ -8,18 +8,21 @@ that an index that no longer fits its tar is refused.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import pyarrow as pa
 
+from speechllm.data.cache import BlockCache
 from speechllm.data.files import (
     file_size,
+    file_stamp,
     list_tars,
     local_path,
     open_binary,
@@ -27,6 +30,8 @@ from speechllm.data.files import (
     write_atomically,
 )
 from speechllm.data.members import Row
+from speechllm.data.remote import Stat, stat
+from speechllm.data.shared import SHARED_UTTERANCES, shared_arrays
 from speechllm.errors import DataError
 
 VERSION = "1"
@@ -49,6 +54,9 @@ SCHEMA = pa.schema(
 _HASHED_ROWS = 8
 _HEADER = 512
 _OPENING_THREADS = 16
+_OPEN_INDEXES = 1024
+_INDEX_BYTES = 64  # a row takes 70 to 100
+_SUMMARY_VERSION = "1"
 
 
 class Location(NamedTuple):
@@ -101,7 +109,13 @@ def write_index(
         [row.metadata.text_length for row in rows],
     ]
     arrays = [pa.array(column, kind.type) for column, kind in zip(columns, SCHEMA, strict=True)]
-    batch = pa.record_batch(arrays, schema=SCHEMA)
+    write_batch(path, pa.record_batch(arrays, schema=SCHEMA), tar_size, read_at)
+
+
+def write_batch(
+    path: str, batch: pa.RecordBatch, tar_size: int, read_at: Callable[[int, int], bytes]
+) -> None:
+    """`write_index` of rows that are an Arrow record batch of SCHEMA already."""
     metadata = {
         "version": VERSION,
         "tar_size": str(tar_size),
@@ -113,9 +127,12 @@ def write_index(
     write_atomically(path, sink.getvalue().to_pybytes())
 
 
-def open_index(tar: str) -> ShardIndex:
+def open_index(
+    tar: str, cache: BlockCache | None = None, *, verify_headers: bool = True
+) -> ShardIndex:
     """The index of one shard, memory-mapped where it is local, checked against its tar.
 
+    verify_headers: look into a local tar too, and not only at its size.
     Raises DataError where tar or index is missing, or they do not fit each other.
     """
     path = index_path(tar)
@@ -126,10 +143,8 @@ def open_index(tar: str) -> ShardIndex:
         raise DataError(f"{tar}: no such shard ({error})") from error
     try:
         local = local_path(path)
-        if local is None:
-            source = pa.BufferReader(read_bytes(path))
-        else:
-            source = pa.memory_map(local)
+        remote = local is None
+        source = pa.BufferReader(_read_remote(path, cache)) if remote else pa.memory_map(local)
         with source, pa.ipc.open_file(source) as reader:
             schema = reader.schema
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -142,11 +157,17 @@ def open_index(tar: str) -> ShardIndex:
     if metadata.get("version") != VERSION or not schema.equals(SCHEMA) or len(batches) != 1:
         raise DataError(f"{path}: not an index of version {VERSION}; {remedy}")
     index = ShardIndex(tar, batches[0], int(metadata["tar_size"]), metadata["header_hash"])
-    _check_fresh(index, size, remedy)
+    _check_fresh(index, size, remedy, verify_headers)
     return index
 
 
-def _check_fresh(index: ShardIndex, size: int | None, remedy: str) -> None:
+def _read_remote(url: str, cache: BlockCache | None) -> bytes:
+    if cache is None or (about := stat(url)).size is None:
+        return read_bytes(url)
+    return cache.read(url, about, 0, about.size)
+
+
+def _check_fresh(index: ShardIndex, size: int | None, remedy: str, verify_headers: bool) -> None:
     tar = index.tar
     if size is not None and size < index.tar_size:
         raise DataError(
@@ -154,7 +175,7 @@ def _check_fresh(index: ShardIndex, size: int | None, remedy: str) -> None:
             f"still being copied; copy it again, or, if it was made anew, {remedy}"
         )
     stale = size is not None and size != index.tar_size
-    if not stale and local_path(tar) is not None:
+    if verify_headers and not stale and local_path(tar) is not None:
         with open_binary(tar) as file:
 
             def read_at(offset: int, length: int) -> bytes:
@@ -181,21 +202,29 @@ class Corpus:
     """The indexes of many shards as one sequence of U utterances, numbered in the shards' order.
 
     shards: tar paths or urls, sorted. shard_sizes: int64 [number of shards], utterances in each.
-    durations: float64 [U], seconds. text_lengths: int64 [U], characters. Holds no Python object
-    per utterance, and pickles to a few bytes per shard: the indexes are opened again.
+    durations: float64 [U], seconds. text_lengths: int32 [U], characters. fingerprint: sha256 of
+    what the order and the content of the data follow from: shard names (without directories), tar
+    sizes and header hashes, and every utterance's place, duration and text length, so that a corpus
+    that was merely moved keeps it.
+
+    Holds no Python object per utterance, opens at most 1,024 indexes at a time, and pickles to a
+    few bytes per shard: the indexes are opened again.
     """
 
-    def __init__(self, indexes: Sequence[ShardIndex]) -> None:
-        self.shards = [index.tar for index in indexes]
-        self._indexes = list(indexes)
-        sizes = [index.rows.num_rows for index in indexes]
-        self.shard_sizes = np.array(sizes, dtype=np.int64)
+    def __init__(
+        self, shards: Sequence[str], arrays: Mapping[str, np.ndarray], cache: BlockCache | None
+    ) -> None:
+        self.shards = list(shards)
+        self.shard_sizes = arrays["shard_sizes"]
+        self.durations = arrays["durations"]
+        self.text_lengths = arrays["text_lengths"]
+        self.fingerprint = arrays["fingerprint"].tobytes().hex()
+        self.cache = cache
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.shard_sizes)])
-        self.durations = self._column("duration", np.float64)
-        self.text_lengths = self._column("text_length", np.int64)
+        self._opened: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (self.shards,)
+        return _open, (self.shards, self.cache)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -203,12 +232,12 @@ class Corpus:
     def key(self, i: int) -> str:
         """The key of utterance i. Keys are unique within a shard."""
         shard = self.shard_of(i)
-        row = i - int(self._starts[shard])
-        return self._indexes[shard].rows.column(0)[row].as_py()
+        return self._rows(shard).column(0)[i - int(self._starts[shard])].as_py()
 
     def location(self, i: int) -> Location:
+        """Raises DataError where an index that is opened again is not what it was."""
         shard = self.shard_of(i)
-        row, rows = i - int(self._starts[shard]), self._indexes[shard].rows
+        row, rows = i - int(self._starts[shard]), self._rows(shard)
         # Location's fields after the shard are the first columns of SCHEMA.
         columns = range(len(Location._fields) - 1)
         return Location(self.shards[shard], *(rows.column(j)[row].as_py() for j in columns))
@@ -219,35 +248,30 @@ class Corpus:
             raise IndexError(f"utterance {i} of {len(self)}")
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 of what the order and the content of the data follow from.
-
-        Shard names (without directories), tar sizes and header hashes, and every utterance's
-        place, duration and text length: a corpus that was merely moved keeps it.
-        """
-        digest = hashlib.sha256()
-        for index in self._indexes:
-            name = index.tar.rsplit("/", 1)[-1]
-            digest.update(f"{name}\0{index.tar_size}\0{index.header_hash}\0".encode())
-            for column in ("audio_offset", "duration", "text_length"):
-                digest.update(index.rows.column(column).to_numpy().tobytes())
-        return digest.hexdigest()
-
     def column(self, name: str) -> pa.ChunkedArray:
         """One index column over all utterances, e.g. `sample_rate` or `audio_ext`."""
         kind = SCHEMA.field(name).type
-        return pa.chunked_array([index.rows.column(name) for index in self._indexes], kind)
+        return pa.chunked_array(
+            [self._rows(shard).column(name) for shard in range(len(self.shards))], kind
+        )
 
-    def _column(self, name: str, dtype: Any) -> np.ndarray:
-        return self.column(name).to_numpy().astype(dtype)
+    def _rows(self, shard: int) -> Any:
+        if shard not in self._opened:
+            index = open_index(self.shards[shard], self.cache, verify_headers=False)
+            if index.rows.num_rows != self.shard_sizes[shard]:
+                raise DataError(f"{index.tar}: was made anew while in use; start again")
+            self._opened[shard] = index
+            if len(self._opened) > _OPEN_INDEXES:
+                self._opened.popitem(last=False)
+        return self._opened[shard].rows
 
 
-def open_corpus(patterns: Sequence[str]) -> Corpus:
+def open_corpus(patterns: Sequence[str], cache: BlockCache | None = None) -> Corpus:
     """All shards that the patterns name: directories, globs, `{000..123}` ranges, tar files, urls.
 
-    The shards are sorted by path, whatever the order of the patterns. Raises DataError when a
-    pattern names no shard, or a shard has no index or one that does not fit it.
+    The shards are sorted by path, whatever the order of the patterns. `cache` is where blocks of
+    remote indexes and shards are kept. Raises DataError when a pattern names no shard, or a shard
+    has no index or one that does not fit it.
     """
     tars: set[str] = set()
     for pattern in patterns:
@@ -260,24 +284,65 @@ def open_corpus(patterns: Sequence[str]) -> Corpus:
         tars.update(found)
     if not tars:
         raise DataError("no shards given: name a directory, a glob or a tar file")
-    return Corpus(_open_all(sorted(tars)))
+    return _open(sorted(tars), cache)
 
 
-def _reopen(tars: Sequence[str]) -> Corpus:
-    return Corpus(_open_all(tars))
+def _open(tars: Sequence[str], cache: BlockCache | None) -> Corpus:
+    """Every index is opened and checked once on a node, unless the corpus is small."""
+    with ThreadPoolExecutor(min(_OPENING_THREADS, len(tars))) as pool:
+        stamps = list(pool.map(_stamps, tars))
+    known = [stamp for stamp in stamps if stamp is not None]
+    index_bytes = sum(index.size or 0 for _, index in known)
+    if len(known) < len(tars) or index_bytes < SHARED_UTTERANCES * _INDEX_BYTES:
+        return Corpus(tars, _summary(tars, cache), cache)
+    facts = json.dumps([VERSION, _SUMMARY_VERSION, list(tars), known])
+    key = hashlib.sha256(facts.encode()).hexdigest()
+    return Corpus(tars, shared_arrays("corpus", key, lambda: _summary(tars, cache)), cache)
 
 
-def _open_all(tars: Sequence[str]) -> list[ShardIndex]:
+def _stamps(tar: str) -> tuple[Stat, Stat] | None:
+    """Of the tar and its index. None where one is missing, which opening it explains."""
+    try:
+        return file_stamp(tar), file_stamp(index_path(tar))
+    except (OSError, DataError):
+        return None
+
+
+def _summary(tars: Sequence[str], cache: BlockCache | None) -> dict[str, np.ndarray]:
+    """The arrays of a corpus. Raises DataError for the first shard that cannot be used."""
+    digest = hashlib.sha256()
+    sizes, durations, text_lengths = [], [np.empty(0)], [np.empty(0, np.int32)]
+    for index in _opened(tars, cache):
+        name = index.tar.rsplit("/", 1)[-1]
+        digest.update(f"{name}\0{index.tar_size}\0{index.header_hash}\0".encode())
+        for column in ("audio_offset", "duration", "text_length"):
+            digest.update(index.rows.column(column).to_numpy().tobytes())
+        sizes.append(index.rows.num_rows)
+        # Copies, so that no more than a few indexes are mapped at a time: a system allows 65,530.
+        durations.append(index.rows.column("duration").to_numpy().copy())
+        text_lengths.append(index.rows.column("text_length").to_numpy().copy())
+    return {
+        "shard_sizes": np.array(sizes, dtype=np.int64),
+        "durations": np.concatenate(durations),
+        "text_lengths": np.concatenate(text_lengths),
+        "fingerprint": np.frombuffer(digest.digest(), dtype=np.uint8),
+    }
+
+
+def _opened(tars: Sequence[str], cache: BlockCache | None) -> Iterator[ShardIndex]:
     def attempt(tar: str) -> ShardIndex | DataError:
         try:
-            return open_index(tar)
+            return open_index(tar, cache)
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(min(_OPENING_THREADS, len(tars) or 1)) as pool:
-        opened = list(pool.map(attempt, tars))
-    errors = [result for result in opened if isinstance(result, DataError)]
+    errors: list[DataError] = []
+    with ThreadPoolExecutor(min(_OPENING_THREADS, len(tars))) as pool:
+        for result in pool.map(attempt, tars):
+            if isinstance(result, DataError):
+                errors.append(result)
+            elif not errors:
+                yield result
     if errors:
         more = f" (and {len(errors) - 1} more shards like that)" if len(errors) > 1 else ""
         raise DataError(f"{errors[0]}{more}") from errors[0]
-    return [result for result in opened if isinstance(result, ShardIndex)]

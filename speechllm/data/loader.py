@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from speechllm.data.ahead import fetched_ahead
+from speechllm.data.cache import BLOCK
 from speechllm.data.collate import collate
 from speechllm.data.plan import EpochPlan, rank_share
 from speechllm.data.prompt import Prompter
@@ -37,6 +39,12 @@ from speechllm.types import (
 SILENCE = Utterance("", np.zeros(SAMPLE_RATE // 10, dtype=np.int16), "")
 
 AudioTokens = Callable[[int], int]
+
+# What each rank fetches of remote shards ahead of its workers, where there is a cache: enough to
+# get over minutes of a cold storage, and together less than what the cache holds.
+_AHEAD_BYTES = 4 << 30
+_AHEAD_PART = 1 / 32
+_AHEAD_THREADS = 8
 
 
 class TrainLoader:
@@ -85,7 +93,7 @@ class TrainLoader:
         Raises:
             DataError: an epoch has no steps, or fewer than the cursor says.
         """
-        tasks = self._tasks(epoch, step)
+        tasks = _fetched_ahead(self._reader.store, self._tasks(epoch, step))
         mine: list[Microbatch] = []
         for task, microbatch in _read(self._reader, tasks, self._num_workers, self._prefetch):
             mine.append(_repeat(microbatch) if task.is_repeat else microbatch)
@@ -173,9 +181,7 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
                 utterance = self.store.read(number)
                 examples.append(self._example(utterance, task.epoch))
             except DataError as error:
-                place = self.store.corpus.location(number)
-                reason = str(error).removeprefix(f"{place.key} in {place.shard}: ")
-                bad.append(BadUtterance(place.key, place.shard, reason))
+                bad.append(self._bad(number, error))
                 continue
             name = str(utterance.fields.get("id", utterance.key))
             references.append(Reference(number, name, utterance.text, utterance.duration))
@@ -193,10 +199,32 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
         )
         return task, microbatch
 
+    def _bad(self, number: int, error: DataError) -> BadUtterance:
+        corpus = self.store.corpus
+        try:
+            place = corpus.location(number)
+        except DataError:  # its index cannot be opened any more
+            shard = corpus.shards[corpus.shard_of(number)]
+            return BadUtterance(f"utterance {number}", shard, str(error))
+        reason = str(error).removeprefix(f"{place.key} in {place.shard}: ")
+        return BadUtterance(place.key, place.shard, reason)
+
     def _example(self, utterance: Utterance, epoch: int) -> Example:
         if self.with_target and not utterance.text.strip():
             raise DataError("the text is empty")
         return self.prompter.example(utterance, epoch, with_target=self.with_target)
+
+
+def _fetched_ahead(store: Store, tasks: Iterable[_Task]) -> Iterable[_Task]:
+    cache = store.corpus.cache
+    if cache is None:
+        return tasks
+
+    def blocks_of(task: _Task) -> set[tuple[str, int]]:
+        return {block for i in task.utterances.tolist() for block in store.remote_blocks(i)}
+
+    limit = min(_AHEAD_BYTES, int(cache.limit * _AHEAD_PART)) // BLOCK
+    return fetched_ahead(tasks, blocks_of, store.keep_block, limit=limit, threads=_AHEAD_THREADS)
 
 
 def _repeat(microbatch: Microbatch) -> Microbatch:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from speechllm.data.audio import decode_audio
-from speechllm.data.files import filesystem, local_path, read_range
+from speechllm.data.cache import blocks_of
+from speechllm.data.files import local_path
 from speechllm.data.index import Corpus, Location
 from speechllm.data.members import parse_metadata
+from speechllm.data.remote import Stat, fetch, stat
 from speechllm.errors import AudioError, DataError
 from speechllm.types import Utterance
 
@@ -21,14 +24,14 @@ _GAP = 1 << 16
 class Store:
     """Reads utterances of a corpus by number, from any process: it may be forked and pickled.
 
-    Local shards are read by `pread` on at most 128 files kept open; others through fsspec.
+    Local shards are read by `pread` on at most 128 files kept open; of remote ones byte ranges are
+    fetched, through the corpus's cache where it has one.
     """
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._remote: dict[str, tuple[Any, str]] = {}
-        self._process = os.getpid()
+        self._stats: dict[str, Stat] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.corpus,)
@@ -60,35 +63,58 @@ class Store:
 
     def read_raw(self, place: Location) -> tuple[bytes, bytes]:
         """The bytes of the audio and of the metadata. Raises DataError naming key and shard."""
-        audio_end = place.audio_offset + place.audio_size
-        meta_end = place.meta_offset + place.meta_size
+        parts = [self._read(place, offset, size) for offset, size in _ranges(place)]
+        if len(parts) == 2:
+            return parts[0], parts[1]
         first = min(place.audio_offset, place.meta_offset)
-        last = max(audio_end, meta_end)
-        if last - first <= place.audio_size + place.meta_size + _GAP:
-            both = self._read(place, first, last - first)
-            audio = both[place.audio_offset - first : audio_end - first]
-            return audio, both[place.meta_offset - first : meta_end - first]
+        audio, metadata = place.audio_offset - first, place.meta_offset - first
+        both = parts[0]
         return (
-            self._read(place, place.audio_offset, place.audio_size),
-            self._read(place, place.meta_offset, place.meta_size),
+            both[audio : audio + place.audio_size],
+            both[metadata : metadata + place.meta_size],
         )
+
+    def remote_blocks(self, i: int) -> Iterator[tuple[str, int]]:
+        """Url and number of each block of the cache that reading utterance i needs."""
+        place = self.corpus.location(i)
+        if self.corpus.cache is not None and local_path(place.shard) is None:
+            for offset, size in _ranges(place):
+                yield from ((place.shard, number) for number in blocks_of(offset, size))
+
+    def keep_block(self, url: str, number: int) -> None:
+        """Have a block in the cache. Raises OSError or DataError."""
+        about = self._stat(url)
+        if self.corpus.cache is not None and about.size is not None:
+            self.corpus.cache.keep(url, about, number)
 
     def _read(self, place: Location, offset: int, size: int) -> bytes:
         try:
             path = local_path(place.shard)
-            if path is not None:
-                data = os.pread(self._file(path), size, offset)
-            else:
-                fs, inner = self._filesystem(place.shard)
-                data = read_range(fs, inner, offset, size)
-        except OSError as error:
+            if path is None:
+                return self._read_remote(place.shard, offset, size)
+            data = os.pread(self._file(path), size, offset)
+        except (OSError, DataError) as error:
             raise DataError(f"{place.key} in {place.shard}: cannot be read ({error})") from error
         if len(data) != size:
             raise DataError(
                 f"{place.key} in {place.shard}: {len(data)} of {size} bytes at {offset}; "
-                "the shard was truncated while in use, or its server serves no byte ranges"
+                "the shard was truncated while in use"
             )
         return data
+
+    def _read_remote(self, url: str, offset: int, size: int) -> bytes:
+        about, cache = self._stat(url), self.corpus.cache
+        if cache is None or about.size is None:
+            return fetch(url, offset, size, about)
+        if offset + size > about.size:
+            raise DataError(f"{url}: has {about.size} bytes, {size} at {offset} are wanted")
+        return cache.read(url, about, offset, size)
+
+    def _stat(self, url: str) -> Stat:
+        """As it was when this process first looked: a file that changes later is refused."""
+        if url not in self._stats:
+            self._stats[url] = stat(url)
+        return self._stats[url]
 
     def _file(self, path: str) -> int:
         if path in self._files:
@@ -99,10 +125,11 @@ class Store:
         self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._files[path]
 
-    def _filesystem(self, url: str) -> tuple[Any, str]:
-        """fsspec's connections and event loop do not survive a fork: each process has its own."""
-        if self._process != os.getpid():
-            self._remote, self._process = {}, os.getpid()
-        if url not in self._remote:
-            self._remote[url] = filesystem(url)
-        return self._remote[url]
+
+def _ranges(place: Location) -> list[tuple[int, int]]:
+    """(offset, size) of what is read at once: audio and metadata, or both with what is between."""
+    audio = place.audio_offset, place.audio_size
+    metadata = place.meta_offset, place.meta_size
+    first, last = min(audio, metadata), max(audio, metadata)
+    both = sum(last) - first[0]
+    return [(first[0], both)] if both <= audio[1] + metadata[1] + _GAP else [audio, metadata]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from speechllm.data.loader import read_batches
-from speechllm.data.plan import EpochPlan
+from speechllm.data.plan import FlatPlan
 from speechllm.errors import UserError
 from speechllm.log import logger
 from speechllm.planner.activations import Shape
@@ -60,11 +60,8 @@ def probe(run: Run) -> ProbeResult:
     Raises:
         UserError: memory ran out, or would once the optimizer has its moments; names the remedy.
     """
-    plan = run.plan_of(0)
-    chosen = costliest(plan, run.train.corpus.durations)
-    utterances = plan.utterances[
-        plan.microbatch_starts[chosen] : plan.microbatch_starts[chosen + 1]
-    ]
+    plan = run.plan_of(0).flat()
+    utterances = plan.microbatch(costliest(plan, run.train.corpus.durations))
     batch = _read(run, utterances)
     shape = shape_of(batch)
     seconds = float(run.train.corpus.durations[utterances].max())
@@ -86,7 +83,7 @@ def probe(run: Run) -> ProbeResult:
     return result
 
 
-def costliest(plan: EpochPlan, durations: np.ndarray) -> int:
+def costliest(plan: FlatPlan, durations: np.ndarray) -> int:
     """The microbatch with most positions; among equals that with the longest audio.
 
     durations: float64, seconds of each utterance of the corpus.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ import pytest
 from speech_files import make_sample, write_shards
 from worker_copy import worker_bytes, worker_copy
 
+from speechllm.data import index as index_module
 from speechllm.data.index import SCHEMA, Location, index_path, open_corpus, open_index
 from speechllm.data.shards import write_shard
 from speechllm.errors import DataError
@@ -30,7 +32,7 @@ def test_a_corpus_numbers_utterances_over_its_shards(directory: Path) -> None:
     assert len(corpus) == 7
     assert [corpus.key(i) for i in range(7)] == [f"utt-{i:05d}" for i in range(7)]
     assert corpus.durations.shape == corpus.text_lengths.shape == (7,)
-    assert (corpus.durations.dtype, corpus.text_lengths.dtype) == (np.float64, np.int64)
+    assert (corpus.durations.dtype, corpus.text_lengths.dtype) == (np.float64, np.int32)
     place = corpus.location(6)
     assert place.shard == corpus.shards[2]
     data = Path(place.shard).read_bytes()
@@ -181,3 +183,49 @@ def test_shards_behind_urls(directory: Path) -> None:
         open_corpus(["memory://index"])
     by_file_url = open_corpus([f"file://{directory}"])
     assert by_file_url.fingerprint == local.fingerprint
+
+
+def test_few_indexes_are_open_at_a_time(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_OPEN_INDEXES", 1)
+    corpus = open_corpus([str(directory)])
+    for number in [0, 6, 3, 0]:
+        assert corpus.key(number) == f"utt-{number:05d}"
+        assert len(corpus._opened) == 1
+    assert len(corpus.column("audio_ext")) == 7
+
+
+def test_a_shard_made_anew_in_use_is_refused(directory: Path) -> None:
+    corpus = open_corpus([str(directory)])
+    write_shards(directory, 4, num_shards=1, seconds=(0.1, 0.2))
+    with pytest.raises(DataError, match="made anew while in use"):
+        corpus.location(0)
+
+
+def test_a_large_corpus_is_summed_up_once_on_a_node(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = open_corpus([str(directory)])
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(index_module, "SHARED_UTTERANCES", 1)
+    opened = []
+    usual = index_module.open_index
+
+    def watched(tar: str, *args: Any, **options: Any) -> index_module.ShardIndex:
+        opened.append(tar)
+        return usual(tar, *args, **options)
+
+    monkeypatch.setattr(index_module, "open_index", watched)
+    for _ in range(2):
+        shared = open_corpus([str(directory)])
+        assert shared.fingerprint == own.fingerprint
+        assert shared.durations.tolist() == own.durations.tolist()
+        assert shared.text_lengths.tolist() == own.text_lengths.tolist()
+        assert shared.shard_sizes.tolist() == own.shard_sizes.tolist()
+    assert len(opened) == 3
+    assert shared.location(5)[1:] == own.location(5)[1:]
+    write_shards(directory, 7, num_shards=3, seed=5, seconds=(0.1, 0.3))
+    assert open_corpus([str(directory)]).fingerprint != own.fingerprint
+    tar = directory / "train-000001.tar"
+    tar.write_bytes(tar.read_bytes() + bytes(512))
+    with pytest.raises(DataError, match="its index is stale"):
+        open_corpus([str(directory)])

@@ -1,7 +1,13 @@
+import itertools
+import time
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 import torch
 
 import pytest
+from http_files import serve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_corpus import (
@@ -15,10 +21,14 @@ from memory_corpus import (
     take,
     train_loader,
 )
+from speech_files import write_shards
 
+from speechllm.data import cache
+from speechllm.data.index import open_corpus
 from speechllm.data.loader import read_batches
 from speechllm.data.plan import EpochPlan, PlanSettings, plan_epoch
 from speechllm.data.prompt import Prompter
+from speechllm.data.store import Store
 from speechllm.errors import ConfigError, DataError
 from speechllm.types import IGNORE, Microbatch, StepData, Utterance
 
@@ -80,6 +90,52 @@ def test_resuming_plans_and_reads_nothing_earlier(prompter: Prompter) -> None:
     take(train_loader(prompter, Watched(), plan_of=watch), 1, epoch=7, step=2)
     assert planned == [7]
     assert sorted(read) == sorted(int(u) for m in plan_of(7).step(2) for u in m)
+
+
+def test_remote_shards_are_fetched_ahead_of_the_workers(
+    prompter: Prompter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "BLOCK", 20_000)
+    write_shards(tmp_path / "web", 60, num_shards=4, seconds=(0.2, 0.6))
+    with serve(tmp_path / "web") as server:
+        blocks = cache.BlockCache(str(tmp_path / "cache"), 1 << 30)
+        url = f"{server.url}/train-{{000000..000003}}.tar"
+        remote, local = open_corpus([url], blocks), open_corpus([str(server.directory)])
+
+        def planned(epoch: int) -> EpochPlan:
+            costs = 20 + np.arange(60) * 7 % 30
+            return plan_epoch(
+                local.shard_sizes, costs, np.arange(60), PlanSettings(1, 300, 2, 30), 0
+            )
+
+        usual = take(train_loader(prompter, Store(local), plan_of=planned), 5)
+        server.latency = 0.01
+        with closing(train_loader(prompter, Store(remote), plan_of=planned).steps(0, 0)) as steps:
+            first = next(steps)
+            for _ in range(1000):  # of the steps that nobody has asked for yet
+                if sum(path.endswith(".tar") for path, _ in server.requests) >= 12:
+                    break
+                time.sleep(0.01)
+            else:
+                raise AssertionError(f"only {server.requests}")
+            found = [first, *itertools.islice(steps, 4)]
+    assert [facts(data) for data in found] == [facts(data) for data in usual]
+
+
+def test_an_index_that_goes_away_costs_its_utterances_only(
+    prompter: Prompter, tmp_path: Path
+) -> None:
+    write_shards(tmp_path, 8, num_shards=2, seconds=(0.2, 0.3))
+    store = Store(open_corpus([str(tmp_path)]))
+    (tmp_path / "train-000001.index.arrow").unlink()
+    (microbatch,) = read_batches(
+        store, prompter, audio_tokens, 0, [np.array([0, 5])], with_target=True, pad_left=False,
+        num_workers=0, prefetch=1,
+    )  # fmt: skip
+    assert microbatch.batch.keys == ["utt-00000"]
+    (bad,) = microbatch.bad
+    assert (bad.key, Path(bad.shard).name) == ("utterance 5", "train-000001.tar")
+    assert "has no index" in bad.reason
 
 
 @given(st.integers(1, 7), st.integers(1, 9), st.integers(0, 40))

@@ -70,6 +70,7 @@ def signal_from_elsewhere(number: int, pids: list[int]) -> None:
 
 SCRIPT = """
 import multiprocessing, os, sys
+from types import SimpleNamespace
 import torch
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -80,7 +81,7 @@ from speechllm.data.prompt import Prompter
 from speechllm.types import Utterance
 
 class Store:
-    corpus = None
+    corpus = SimpleNamespace(cache=None)
     def read(self, i):
         return Utterance(str(i), np.full(160_000, 3, dtype=np.int16), "some words")
 

@@ -3,17 +3,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 import fsspec
 import pytest
+from http_files import Server, serve
 from speech_files import make_sample, tone, write_shards
 from worker_copy import worker_copy
 
+from speechllm.data import remote
 from speechllm.data import store as store_module
 from speechllm.data.audio import encode_flac
+from speechllm.data.cache import BlockCache
 from speechllm.data.index import Corpus, open_corpus
 from speechllm.data.shards import Sample, write_shard
 from speechllm.data.store import Store
@@ -111,6 +115,8 @@ def test_a_server_that_fails_is_a_users_error(
         with fsspec.open(f"memory://failing/{path.name}", "wb") as file:
             file.write(path.read_bytes())
     store = Store(open_corpus(["memory://failing"]))
+    assert store.read(0).key == "utt-00000"
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
 
     def fail(*_: object, **__: object) -> bytes:
         raise RuntimeError("503 Service Unavailable")
@@ -118,6 +124,61 @@ def test_a_server_that_fails_is_a_users_error(
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
     with pytest.raises(DataError, match=r"train-000000\.tar: cannot be read .*503 Service"):
         store.read(0)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    write_shards(tmp_path / "web", 12, num_shards=3, seconds=(0.1, 0.4))
+    with serve(tmp_path / "web") as files:
+        yield files
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_shards_on_an_http_server(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    local = Store(open_corpus([str(server.directory)]))
+    cache = BlockCache(str(tmp_path / "cache"), 1 << 30) if cached else None
+    server.latency = 0.002
+    server.fault = lambda path, times: ("status 503", "short", "", "")[times % 4]
+    corpus = open_corpus([f"{server.url}/train-{{000000..000002}}.tar"], cache)
+    assert corpus.fingerprint == local.corpus.fingerprint
+    for _ in range(2):
+        store = worker_copy(Store(corpus))
+        for i in range(12):
+            one, other = store.read(i), local.read(i)
+            assert (one.key, one.text, one.fields) == (other.key, other.text, other.fields)
+            np.testing.assert_array_equal(one.samples, other.samples)
+    tars = [wanted for path, wanted in server.requests if path.endswith(".tar")]
+    ranges = {wanted for wanted in tars if wanted != "bytes=0-0"}
+    assert len(ranges) <= 12
+    if cached:  # one block a shard, fetched once, whatever fails
+        assert ranges == {f"bytes=0-{tar.stat().st_size - 1}" for tar in server.tars()}
+
+
+def test_a_shard_that_changes_on_its_server_is_named(server: Server, tmp_path: Path) -> None:
+    (tar, *_) = server.tars()
+    store = Store(open_corpus([f"{server.url}/{tar.name}"]))
+    store.read(0)
+    damaged = tar.read_bytes()
+    tar.write_bytes(damaged[:-1] + b"x")
+    with pytest.raises(DataError, match=r"^utt-00001 in .*: cannot be read .*changed while in use"):
+        store.read(1)
+
+
+def test_remote_blocks_are_those_that_reading_needs(server: Server, tmp_path: Path) -> None:
+    cache = BlockCache(str(tmp_path / "cache"), 1 << 30)
+    store = Store(open_corpus([f"{server.url}/train-{{000000..000002}}.tar"], cache))
+    blocks = [block for i in range(12) for block in store.remote_blocks(i)]
+    assert set(blocks) == {(f"{server.url}/{tar.name}", 0) for tar in server.tars()}
+    for block in set(blocks):
+        store.keep_block(*block)
+    server.requests.clear()
+    for i in range(12):
+        store.read(i)
+    assert not server.requests
+    assert list(Store(open_corpus([str(server.directory)], cache)).remote_blocks(0)) == []
 
 
 def _keys(store: Store, queue: multiprocessing.SimpleQueue[str]) -> None:

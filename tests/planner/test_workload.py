@@ -58,12 +58,9 @@ def test_the_costliest_microbatch_has_most_positions_then_the_longest_audio(tmp_
     split = open_split(config, config.data.train, text, key="data.train", budget=300)
     plan = plan_epoch(
         split.corpus.shard_sizes, split.costs, split.selection.kept, plan_settings(config), 0
-    )
+    ).flat()
     chosen = costliest(plan, split.corpus.durations)
     assert plan.positions[chosen] == plan.positions.max()
     ties = np.flatnonzero(plan.positions == plan.positions.max())
-    starts = plan.microbatch_starts
-    longest = {
-        m: split.corpus.durations[plan.utterances[starts[m] : starts[m + 1]]].max() for m in ties
-    }
+    longest = {m: split.corpus.durations[plan.microbatch(m)].max() for m in ties}
     assert longest[chosen] == pytest.approx(max(longest.values()))

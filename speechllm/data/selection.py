@@ -1,0 +1,171 @@
+"""Which utterances are trained on, and what each costs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from speechllm.data.index import Corpus
+from speechllm.data.plan_table import PlanTable, plan_table
+from speechllm.data.shared import SHARED_UTTERANCES, shared_arrays
+from speechllm.types import SAMPLE_RATE
+
+_VERSION = "1"
+_CHUNK = 1 << 20
+_LARGEST = np.iinfo(np.int32).max
+
+AudioTokens = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class CostSettings:
+    """What costs and choice follow from, besides the corpus.
+
+    prompt_tokens: prefix, suffix and end token together. characters_per_token: estimate by which
+    the length of the text is counted. budget: positions of a microbatch; an utterance above it
+    fits none.
+    """
+
+    prompt_tokens: int
+    characters_per_token: float
+    min_seconds: float
+    max_seconds: float
+    budget: int
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """kept: int64, ascending utterance numbers. dropped: the others by reason, the first that fits
+    of too_short, too_long, no_text, over_budget; every reason is there, also with nothing in it."""
+
+    kept: np.ndarray
+    dropped: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """costs: int32 [U], LLM positions of each utterance. hours: of audio that is kept. table: of
+    costs and selection, for planning."""
+
+    costs: np.ndarray
+    selection: Selection
+    hours: float
+    table: PlanTable
+
+
+def populate(corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings) -> Population:
+    """Costs and choice of all utterances of a corpus.
+
+    Those of a large corpus are computed by one process of a node and memory-mapped by the others.
+
+    Args:
+        audio_tokens: int64 samples at 16 kHz -> int64 connector outputs, element by element.
+    """
+    if len(corpus) < SHARED_UTTERANCES:
+        arrays = _populate(corpus, audio_tokens, settings)
+    else:
+        arrays = shared_arrays(
+            "costs",
+            _key(corpus, audio_tokens, settings),
+            lambda: _populate(corpus, audio_tokens, settings),
+        )
+    dropped = {
+        name.removeprefix("dropped_"): array
+        for name, array in arrays.items()
+        if name.startswith("dropped_")
+    }
+    table = PlanTable(arrays["bounds"], arrays["rows"], arrays["counts"])
+    selection = Selection(arrays["kept"], dropped)
+    return Population(arrays["costs"], selection, float(arrays["hours"][0]), table)
+
+
+def utterance_costs(
+    audio_tokens: np.ndarray,
+    text_lengths: np.ndarray,
+    prompt_tokens: int,
+    characters_per_token: float,
+) -> np.ndarray:
+    """LLM positions of each utterance: int32 [U].
+
+    Args:
+        audio_tokens: int64 [U], connector outputs.
+        text_lengths: int [U], characters of the target, from which its tokens are estimated.
+        prompt_tokens: prefix, suffix and end token together.
+    """
+    text_tokens = np.ceil(np.asarray(text_lengths) / characters_per_token).astype(np.int64)
+    costs = np.asarray(audio_tokens).astype(np.int64) + prompt_tokens + text_tokens
+    return np.minimum(costs, _LARGEST).astype(np.int32)
+
+
+def select(
+    durations: np.ndarray,
+    text_lengths: np.ndarray,
+    costs: np.ndarray,
+    *,
+    min_seconds: float,
+    max_seconds: float,
+    budget: int,
+) -> Selection:
+    """Choose the utterances that are trained on.
+
+    Args:
+        durations: float64 [U], seconds. text_lengths: int [U], characters.
+        costs: int [U], LLM positions.
+        budget: positions of a microbatch; an utterance above it fits none.
+    """
+    rules = {
+        "too_short": (durations < min_seconds) | (durations <= 0),
+        "too_long": durations > max_seconds,
+        "no_text": text_lengths == 0,
+        "over_budget": costs > budget,
+    }
+    left = np.ones(len(durations), dtype=bool)
+    dropped = {}
+    for reason, hit in rules.items():
+        dropped[reason] = np.flatnonzero(left & hit)
+        left &= ~hit
+    return Selection(kept=np.flatnonzero(left), dropped=dropped)
+
+
+def _populate(
+    corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings
+) -> dict[str, np.ndarray]:
+    costs = np.empty(len(corpus), dtype=np.int32)
+    for at in range(0, len(corpus), _CHUNK):
+        chunk = slice(at, at + _CHUNK)
+        samples = np.ceil(corpus.durations[chunk] * SAMPLE_RATE).astype(np.int64)
+        costs[chunk] = utterance_costs(
+            audio_tokens(samples),
+            corpus.text_lengths[chunk],
+            settings.prompt_tokens,
+            settings.characters_per_token,
+        )
+    selection = select(
+        corpus.durations,
+        corpus.text_lengths,
+        costs,
+        min_seconds=settings.min_seconds,
+        max_seconds=settings.max_seconds,
+        budget=settings.budget,
+    )
+    table = plan_table(corpus.shard_sizes, costs, selection.kept, settings.budget)
+    return {
+        "costs": costs,
+        "kept": selection.kept,
+        "hours": np.array([corpus.durations[selection.kept].sum() / 3600]),
+        "bounds": table.bounds,
+        "rows": table.rows,
+        "counts": table.counts,
+        **{f"dropped_{reason}": numbers for reason, numbers in selection.dropped.items()},
+    }
+
+
+def _key(corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings) -> str:
+    """Of the counter of audio tokens, what it says of two thousand lengths up to two minutes."""
+    probes = audio_tokens(np.arange(1, 2_000_000, 997))
+    facts = [_VERSION, corpus.fingerprint, repr(settings), np.asarray(probes).tolist()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
