@@ -12,14 +12,18 @@ from __future__ import annotations
 import glob
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from speechllm.data.files import write_atomically
+from speechllm.data.histograms import Histograms
 from speechllm.data.prepare import Dropped
+from speechllm.data.shards import write_fully, writing
 from speechllm.errors import DataError
 
 NAME = "shards.jsonl"
+# What tells of finished shards; see `speechllm.data.dataset_card`.
+CARDS = ("dataset.json", "report.json", "report.html", "dropped.jsonl")
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,16 @@ class Share:
 @dataclass(frozen=True)
 class Plan:
     """manifest: sha256. name: of the shards. settings: by name, as the user knows them. cuts: shard
-    i is made of the shuffled lines cuts[i]..cuts[i + 1].
+    i is made of the shuffled lines cuts[i]..cuts[i + 1]. absent: ids of utterances whose audio
+    could not be read even then. duplicates: by id, the earlier utterance with the same audio.
     """
 
     manifest: str
     name: str
     settings: dict[str, Any]
     cuts: list[int]
+    absent: list[str] = field(default_factory=list)
+    duplicates: dict[str, str] = field(default_factory=dict)
 
     def tars(self, directory: str) -> list[str]:
         count = len(self.cuts) - 1
@@ -55,14 +62,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What became of one shard's share. sample_rates: utterances by Hz (as text, for JSON)."""
+    """What became of one shard's share. sha256: of the tar. sample_rates: utterances by Hz (as
+    text, for JSON). histograms: see `speechllm.data.histograms`. versions: of what made it."""
 
     shard: str
     utterances: int
     seconds: float
     bytes: int
+    sha256: str
     kept: int
     sample_rates: dict[str, int]
+    histograms: Histograms
+    versions: dict[str, str]
     dropped: list[Dropped]
 
 
@@ -114,6 +125,14 @@ def write_journal(
     """Start the file anew with what is known."""
     text = json.dumps(asdict(plan)) + "\n" + "".join(journal_line(one) for one in reports.values())
     write_atomically(os.path.join(directory, name), text.encode())
+
+
+def append_to_journal(directory: str, report: ShardReport, name: str = NAME) -> None:
+    """Raises DataError where there is no room for it."""
+    path = os.path.join(directory, name)
+    with writing(path), open(path, "ab", buffering=0) as file:
+        write_fully(file, journal_line(report).encode())
+        os.fsync(file.fileno())
 
 
 def journal_line(report: ShardReport) -> str:

@@ -1,59 +1,78 @@
-"""A manifest's line -> what goes into a shard, or the reason why it does not."""
+"""An utterance of a source -> what goes into a shard, or the reason why it does not."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from speechllm.data.audio import (
-    KEPT_EXTENSIONS,
-    AudioInfo,
-    decode_audio,
-    encode_flac,
-    extension_of,
-    load_audio,
-    probe,
-    probe_file,
-    read_source,
+from speechllm.data.audio import AUDIO_EXTENSIONS, KEPT_EXTENSIONS, decode_audio, probe
+from speechllm.data.cleaning import (
+    AudioStatistics,
+    CleanSettings,
+    audio_hash,
+    audio_statistics,
+    check_length,
+    check_pace,
+    check_sound,
+    clean_text,
 )
-from speechllm.data.files import file_size
-from speechllm.data.manifest import Entry, parse_line, source_path
+from speechllm.data.encoding import Encoding, encode
+from speechllm.data.histograms import Measured, measured
+from speechllm.data.reference import (
+    audio_extension,
+    load_samples,
+    probe_audio,
+    read_audio,
+    stored_bytes,
+)
 from speechllm.data.shards import Sample, encode_metadata, member_bytes, safe_key
+from speechllm.data.sources.utterance import (
+    Access,
+    AudioRef,
+    SourceUtterance,
+    decode_line,
+    source_name,
+)
 from speechllm.errors import DataError
 from speechllm.types import SAMPLE_RATE
 
-# FLAC of speech at 16 kHz and 16 bits takes 0.45-0.6 of the bytes of the samples.
-_FLAC_BYTES_PER_SECOND = 0.55 * 2 * SAMPLE_RATE
+Mode = Literal["auto", "keep", "reencode"]
+
+# Reasons for which the storage may be to blame, so that they may be gone another time.
+ABSENT = frozenset({"missing", "unreadable"})
 
 
 @dataclass(frozen=True)
-class AudioSettings:
-    """How audio enters the shards.
+class PrepareSettings:
+    """How audio enters the shards, and which.
 
     mode: `auto` keeps FLAC, Opus, Ogg and MP3 files as they are; `keep` keeps every file that can
-    be decoded; `reencode` makes 16 kHz mono FLAC of all. What is cut out of a longer file (start,
-    end, channel) is re-encoded in any case. What is shorter than min_seconds or longer than
-    max_seconds is dropped.
+    be decoded; `reencode` encodes all. What is cut out of a longer file (start, end, channel) is
+    encoded in any case. What is encoded is 16 kHz and mono.
     """
 
-    mode: Literal["auto", "keep", "reencode"] = "auto"
-    min_seconds: float = 0.0
-    max_seconds: float | None = None
+    mode: Mode = "auto"
+    encoding: Encoding = field(default_factory=Encoding)
+    clean: CleanSettings = field(default_factory=CleanSettings)
+
+    def by_name(self) -> dict[str, Any]:
+        values = {"mode": self.mode, **asdict(self.encoding), **asdict(self.clean)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines of one manifest: (number, bytes). directory: what audio paths are relative to."""
+    """Lines of one manifest: (number, bytes)."""
 
-    directory: str
+    access: Access
     lines: Sequence[tuple[int, bytes]]
 
-    def entries(self) -> Iterator[tuple[int, Entry]]:
+    def utterances(self) -> Iterator[tuple[int, SourceUtterance]]:
         for number, line in self.lines:
-            yield number, parse_line(line, f"line {number}")
+            yield number, decode_line(line)
 
 
 @dataclass(frozen=True)
@@ -66,84 +85,130 @@ class Dropped:
     detail: str
 
 
+class Prepared(NamedTuple):
+    """is_kept: whether the audio is, byte for byte, what the source holds."""
+
+    sample: Sample
+    measured: Measured
+    is_kept: bool
+
+
 class Survey(NamedTuple):
-    """What headers tell beforehand: bytes that each line will take of a shard (int64 [U], 0 where
-    it will be dropped), seconds (float64 [U]), and the lines that will be dropped."""
+    """What can be told beforehand: bytes that each line will take of a shard (int64 [U], 0 where it
+    will be dropped), seconds (float64 [U]), hashes of the samples (uint64 [U, 2], 0 unless
+    duplicates are wanted), and the lines that will be dropped."""
 
     sizes: np.ndarray
     seconds: np.ndarray
+    hashes: np.ndarray
     dropped: list[Dropped]
 
 
-def is_kept(entry: Entry, settings: AudioSettings) -> bool:
+class _Heard(NamedTuple):
+    """samples: int16 [N]. kept: the bytes of the source, where they go into the shard."""
+
+    samples: np.ndarray
+    kept: tuple[bytes, str] | None
+    sound: AudioStatistics
+
+
+def is_kept(utterance: SourceUtterance, settings: PrepareSettings) -> bool:
     """Whether the audio file goes into the shard byte for byte."""
-    if entry.is_cut or settings.mode == "reencode":
+    if utterance.is_cut or settings.mode == "reencode":
         return False
-    return settings.mode == "keep" or extension_of(entry.audio) in KEPT_EXTENSIONS
+    return settings.mode == "keep" or audio_extension(utterance.audio) in KEPT_EXTENSIONS
 
 
-def prepare(entry: Entry, directory: str, settings: AudioSettings) -> Sample:
+def prepare(utterance: SourceUtterance, access: Access, settings: PrepareSettings) -> Prepared:
     """Read and check one utterance, and encode it where it is not kept.
 
     All audio is decoded from end to end, also where its bytes are kept. Raises DataError of the
     form `REASON: detail` for what must be dropped.
     """
-    metadata = _metadata(entry)
-    path = source_path(directory, entry.audio)
-    if is_kept(entry, settings):
-        audio, extension = read_source(path), extension_of(path)
-        samples = decode_audio(audio, extension)
+    metadata = _metadata(utterance, settings.clean)
+    heard = _hear(utterance, metadata["text"], access, settings)
+    if heard.kept is not None:
+        audio, extension = heard.kept
         rate = probe(audio, extension).sample_rate
-        _check_length(len(samples) / SAMPLE_RATE, settings)
     else:
-        samples = load_audio(path, start=entry.start, end=entry.end, channel=entry.channel)
-        _check_length(len(samples) / SAMPLE_RATE, settings)
-        audio, extension, rate = encode_flac(samples), "flac", SAMPLE_RATE
-    seconds = len(samples) / SAMPLE_RATE
-    return Sample(safe_key(entry.id), audio, extension, metadata, seconds, rate)
+        audio, extension = encode(heard.samples, settings.encoding), settings.encoding.codec
+        rate = SAMPLE_RATE
+    seconds = len(heard.samples) / SAMPLE_RATE
+    sample = Sample(safe_key(utterance.id), audio, extension, metadata, seconds, rate)
+    found = measured(metadata["text"], seconds, heard.sound)
+    return Prepared(sample, found, heard.kept is not None)
 
 
-def survey(lines: Lines, settings: AudioSettings) -> Survey:
-    """Look at headers only, once per audio file."""
+def survey(lines: Lines, settings: PrepareSettings) -> Survey:
+    """Look at headers only, once per audio file, and only where the source told no length; where
+    duplicates are wanted, decode everything."""
     sizes = np.zeros(len(lines.lines), np.int64)
     seconds = np.zeros(len(lines.lines))
+    hashes = np.zeros((len(lines.lines), 2), np.uint64)
     dropped = []
-    probed: dict[str, AudioInfo] = {}
-    for i, (number, entry) in enumerate(lines.entries()):
+    lengths: dict[tuple[int, AudioRef], float] = {}
+    for i, (number, utterance) in enumerate(lines.utterances()):
         try:
-            metadata = encode_metadata(_metadata(entry))
-            path = source_path(lines.directory, entry.audio)
-            if path not in probed:
-                probed[path] = probe_file(path)
-            length = _length(entry, probed[path])
-            _check_length(length, settings)
-            audio = _FLAC_BYTES_PER_SECOND * length
-            if is_kept(entry, settings):
-                audio = file_size(path) or audio
+            metadata = _metadata(utterance, settings.clean)
+            if settings.clean.drop_duplicate_audio:
+                heard = _hear(utterance, metadata["text"], lines.access, settings)
+                length = len(heard.samples) / SAMPLE_RATE
+                hashes[i] = audio_hash(heard.samples)
+            else:
+                length = _estimated_length(utterance, lines.access, lengths)
+                check_length(length, settings.clean)
+                check_pace(metadata["text"], length, settings.clean)
+            audio = settings.encoding.bytes_per_second * length
+            if is_kept(utterance, settings):
+                audio = stored_bytes(utterance, lines.access) or audio
         except DataError as error:
-            dropped.append(dropping(number, entry, error))
+            dropped.append(dropping(number, utterance, error))
             continue
-        sizes[i] = member_bytes(int(audio)) + member_bytes(len(metadata))
+        except OSError as error:
+            kind = "missing" if isinstance(error, FileNotFoundError) else "unreadable"
+            dropped.append(dropping(number, utterance, DataError(f"{kind}: {error}")))
+            continue
+        sizes[i] = member_bytes(int(audio)) + member_bytes(len(encode_metadata(metadata)))
         seconds[i] = length
-    return Survey(sizes, seconds, dropped)
+    return Survey(sizes, seconds, hashes, dropped)
 
 
-def dropping(line: int, entry: Entry, error: DataError) -> Dropped:
+def dropping(line: int, utterance: SourceUtterance, error: DataError) -> Dropped:
     """`REASON: detail` as a record."""
     reason, _, detail = str(error).partition(": ")
-    return Dropped(line, entry.id, reason, detail)
+    return Dropped(line, utterance.id, reason, detail)
 
 
-def _metadata(entry: Entry) -> dict[str, Any]:
-    """The JSON of the shard; `source` is the audio path as the manifest gives it."""
-    if entry.text is None:
-        raise DataError("no text: missing or empty")
-    metadata: dict[str, Any] = {"id": entry.id, "text": entry.text, "source": entry.audio}
+def _hear(
+    utterance: SourceUtterance, text: str, access: Access, settings: PrepareSettings
+) -> _Heard:
+    """Read and decode, and check what was decoded."""
+    kept = None
+    if is_kept(utterance, settings):
+        kept = read_audio(utterance, access)
+        samples = decode_audio(*kept)
+        if kept[1] not in AUDIO_EXTENSIONS:  # readers of shards would not take it for audio
+            kept = None
+    else:
+        samples = load_samples(utterance, access)
+    seconds = len(samples) / SAMPLE_RATE
+    check_length(seconds, settings.clean)
+    check_pace(text, seconds, settings.clean)
+    sound = audio_statistics(samples)
+    check_sound(sound, settings.clean)
+    return _Heard(samples, kept, sound)
+
+
+def _metadata(utterance: SourceUtterance, clean: CleanSettings) -> dict[str, Any]:
+    """The JSON of the shard; `source` is the audio as the corpus names it."""
+    text = clean_text(utterance.text, clean)
+    source = source_name(utterance.audio)
+    metadata: dict[str, Any] = {"id": utterance.id, "text": text, "source": source}
     for name in ("start", "end", "channel"):
-        value = getattr(entry, name)
+        value = getattr(utterance, name)
         if value is not None:
             metadata[name] = value
-    metadata.update(entry.fields)
+    metadata.update(utterance.fields)
     try:
         encode_metadata(metadata)
     except UnicodeEncodeError as error:
@@ -151,14 +216,23 @@ def _metadata(entry: Entry) -> dict[str, Any]:
     return metadata
 
 
-def _length(entry: Entry, info: AudioInfo) -> float:
-    """Seconds of the part that the entry wants; a wrong part is refused when it is read."""
-    end = info.duration if entry.end is None else min(entry.end, info.duration)
-    return max(0.0, end - (entry.start or 0.0))
+def _estimated_length(
+    utterance: SourceUtterance, access: Access, lengths: dict[tuple[int, AudioRef], float]
+) -> float:
+    """Seconds of the utterance's part; a wrong part is refused when it is read.
 
-
-def _check_length(seconds: float, settings: AudioSettings) -> None:
-    if seconds < settings.min_seconds:
-        raise DataError(f"too short: {seconds:.3f} s, under {settings.min_seconds:g} s")
-    if settings.max_seconds is not None and seconds > settings.max_seconds:
-        raise DataError(f"too long: {seconds:.3f} s, over {settings.max_seconds:g} s")
+    lengths: of whole files seen before. Raises AudioError, and OSError where the length needs no
+    look at the file, but the file is not there.
+    """
+    whole = utterance.seconds
+    file = (utterance.root, utterance.audio)
+    if whole is not None:
+        if file not in lengths:
+            stored_bytes(utterance, access)
+            lengths[file] = whole
+    elif file in lengths:
+        whole = lengths[file]
+    else:
+        whole = lengths[file] = probe_audio(utterance, access).duration
+    end = whole if utterance.end is None else min(utterance.end, whole)
+    return max(0.0, end - (utterance.start or 0.0))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from io import FileIO
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from speechllm.data.index import index_path, write_index
 from speechllm.data.members import AudioMember, MetadataMember, Row
+from speechllm.errors import DataError
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
@@ -32,6 +35,13 @@ class Sample:
     metadata: dict[str, Any]
     duration: float
     sample_rate: int
+
+
+class Written(NamedTuple):
+    """The tar's bytes, how many and their hash."""
+
+    size: int
+    sha256: str
 
 
 def safe_key(utterance_id: str) -> str:
@@ -56,33 +66,37 @@ def member_bytes(size: int) -> int:
     return tarfile.BLOCKSIZE * (1 + -(-size // tarfile.BLOCKSIZE))
 
 
-def write_shard(tar: str, samples: Iterable[Sample]) -> int:
-    """Write `tar` and its index from samples with distinct keys, and return the tar's bytes.
+def write_shard(tar: str, samples: Iterable[Sample]) -> Written:
+    """Write `tar` and its index from samples with distinct keys.
 
     The bytes depend on the samples alone. Both files are written aside and synced; the index gets
-    its name first, so that a tar of that name is always whole and has an index.
+    its name first, so that a tar of that name is always whole and has an index. Raises DataError
+    where they cannot be written (the disk is full, ...); nothing is left of them then.
     """
-    aside = f"{tar}.tmp-{os.getpid()}"
+    index, aside = index_path(tar), f"{tar}.tmp-{os.getpid()}"
     rows: list[Row] = []
     keys: set[str] = set()
     try:
-        with open(aside, "w+b") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-                for sample in samples:
-                    assert sample.key not in keys, f"{tar}: {sample.key} is there already"
-                    keys.add(sample.key)
-                    rows.append(_add_sample(archive, sample))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.seek(0, os.SEEK_END)
-            write_index(
-                index_path(tar), rows, size, lambda at, length: os.pread(file.fileno(), length, at)
-            )
+        with _open_aside(aside, tar) as file:
+            archive = _TarWriter(file, tar)
+            for sample in samples:
+                assert sample.key not in keys, f"{tar}: {sample.key} is there already"
+                keys.add(sample.key)
+                rows.append(_add_sample(archive, sample))
+            archive.finish()
+            with writing(index):
+                write_index(
+                    index,
+                    rows,
+                    archive.size,
+                    lambda at, length: os.pread(file.fileno(), length, at),
+                )
         os.replace(aside, tar)
     finally:
-        if os.path.exists(aside):
-            os.remove(aside)
-    return size
+        for leftover in (aside, f"{index}.tmp-{os.getpid()}"):
+            if os.path.exists(leftover):
+                os.remove(leftover)
+    return Written(archive.size, archive.sha256())
 
 
 def parse_size(text: str) -> int:
@@ -93,29 +107,84 @@ def parse_size(text: str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2] or ""]))
 
 
-def _add_sample(archive: tarfile.TarFile, sample: Sample) -> Row:
+class _TarWriter:
+    """A tar of plain files whose headers tell nothing of time or user, hashed as it is written."""
+
+    def __init__(self, file: FileIO, tar: str) -> None:
+        self.size = 0
+        self._file = file
+        self._tar = tar
+        self._hash = hashlib.sha256()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member; the offset of its data."""
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        header.mode = 0o644
+        self._write(header.tobuf(tarfile.PAX_FORMAT))
+        offset = self.size
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def finish(self) -> None:
+        """Two empty blocks end a tar, and it is filled up to whole records."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        with writing(self._tar):
+            os.fsync(self._file.fileno())
+
+    def sha256(self) -> str:
+        return self._hash.hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        with writing(self._tar):
+            write_fully(self._file, data)
+        self._hash.update(data)
+        self.size += len(data)
+
+
+def _open_aside(aside: str, tar: str) -> FileIO:
+    """Unbuffered: closing a buffer that a full disk has not taken would fail a second time."""
+    with writing(tar):
+        return open(aside, "w+b", buffering=0)
+
+
+def write_fully(file: FileIO, data: bytes) -> None:
+    """An unbuffered file may take a part only, e.g. when its disk gets full."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+@contextmanager
+def writing(path: str) -> Iterator[None]:
+    """What goes wrong here is the target's fault, not that of a source: DataError says so."""
+    try:
+        yield
+    except (OSError, DataError) as error:
+        reason = error.__cause__ if isinstance(error, DataError) else error
+        detail = reason.strerror if isinstance(reason, OSError) else None
+        raise DataError(
+            f"{path}: cannot be written ({detail or error}); make room or choose another place, "
+            "then run the same command again: finished shards are kept"
+        ) from error
+
+
+def _add_sample(archive: _TarWriter, sample: Sample) -> Row:
     audio_name, text_name = f"{sample.key}.{sample.extension}", f"{sample.key}.json"
     metadata = encode_metadata(sample.metadata)
     audio = AudioMember(
         audio_name,
-        _add_member(archive, audio_name, sample.audio),
+        archive.add(audio_name, sample.audio),
         len(sample.audio),
         sample.duration,
         sample.sample_rate,
     )
     text = MetadataMember(
         text_name,
-        _add_member(archive, text_name, metadata),
+        archive.add(text_name, metadata),
         len(metadata),
         len(sample.metadata["text"].strip()),
     )
     return Row(sample.key, audio, text)
-
-
-def _add_member(archive: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member whose header tells nothing of time or user; the offset of its data."""
-    header = tarfile.TarInfo(name)
-    header.size = len(data)
-    header.mode = 0o644
-    archive.addfile(header, io.BytesIO(data))
-    return archive.offset - member_bytes(len(data)) + tarfile.BLOCKSIZE

@@ -1,25 +1,25 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from speech_files import write_corpus, write_shards
 
+from speechllm.data.cleaning import CleanSettings
 from speechllm.data.index import index_path, open_corpus
-from speechllm.data.manifest import Manifest, read_manifest
-from speechllm.data.packing import PackReport, PackSettings, cut, pack, shuffled, survey_manifest
-from speechllm.data.prepare import AudioSettings
+from speechllm.data.manifest import Manifest
+from speechllm.data.packing import PackReport, pack
+from speechllm.data.prepare import PrepareSettings
+from speechllm.data.sources.read import read_sources
+from speechllm.data.sources.spec import SourceOptions
 from speechllm.data.store import Store
+from speechllm.data.surveying import PackSettings
 from speechllm.errors import DataError
 
 SMALL = PackSettings(shard_bytes=60_000)
@@ -29,12 +29,20 @@ def quiet(what: str, done: int, total: int) -> None:
     assert 0 <= done <= total
 
 
+def read(path: Path) -> Manifest:
+    return read_sources([f"jsonl:{path}"], SourceOptions())
+
+
 def run(
     manifest: Manifest | Path, out: Path, settings: PackSettings = SMALL, **options: Any
 ) -> PackReport:
-    manifest = manifest if isinstance(manifest, Manifest) else read_manifest(str(manifest))
+    manifest = manifest if isinstance(manifest, Manifest) else read(manifest)
     defaults = {"num_workers": 1, "overwrite": False, "progress": quiet}
     return pack(manifest, str(out), settings, **{**defaults, **options})
+
+
+def tars(report: PackReport) -> list[str]:
+    return [shard.shard for shard in report.shards]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -44,36 +52,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     path = write_corpus(tmp_path_factory.mktemp("corpus"), 24, seconds=(0.1, 0.6))
-    return read_manifest(str(path))
-
-
-@given(ids=st.sets(st.text("abc0", min_size=1), min_size=1), seed=st.integers(0, 2**64 - 1))
-def test_the_order_is_a_permutation_that_ids_and_seed_decide(ids: set[str], seed: int) -> None:
-    listed = sorted(ids)
-    order = shuffled(listed, seed)
-    assert sorted(order.tolist()) == list(range(len(listed)))
-    backwards = listed[::-1]
-    again = shuffled(backwards, seed)
-    assert [listed[i] for i in order] == [backwards[i] for i in again]
-
-
-def test_another_seed_is_another_order() -> None:
-    ids = [str(i) for i in range(50)]
-    assert shuffled(ids, 0).tolist() != shuffled(ids, 1).tolist()
-    assert shuffled(ids, 0).tolist() != list(range(50))
-
-
-@given(
-    sizes=st.lists(st.integers(0, 1000), min_size=1, max_size=200), shard_bytes=st.integers(1, 5000)
-)
-def test_cuts_cover_everything_in_like_shards(sizes: list[int], shard_bytes: int) -> None:
-    cuts = cut(np.array(sizes), shard_bytes)
-    assert cuts[0] == 0
-    assert cuts[-1] == len(sizes)
-    assert all(a < b for a, b in pairwise(cuts))
-    parts = [sum(sizes[a:b]) for a, b in pairwise(cuts)]
-    assert all(part < shard_bytes + max(sizes) + 1 for part in parts)
-    assert len(parts) <= max(1, -(-sum(sizes) // shard_bytes))
+    return read(path)
 
 
 def test_a_manifest_becomes_shards(manifest: Manifest, tmp_path: Path) -> None:
@@ -81,9 +60,13 @@ def test_a_manifest_becomes_shards(manifest: Manifest, tmp_path: Path) -> None:
     assert len(report.shards) > 3
     assert (report.utterances, report.kept, report.encoded, report.dropped) == (24, 24, 0, [])
     corpus = open_corpus([str(tmp_path / "out")])
-    assert corpus.shards == report.shards
+    assert corpus.shards == tars(report)
     assert report.seconds == pytest.approx(corpus.durations.sum())
-    assert report.bytes == sum(os.path.getsize(tar) for tar in report.shards)
+    assert report.bytes == sum(os.path.getsize(tar) for tar in tars(report))
+    for shard in report.shards:
+        assert shard.sha256 == hashlib.sha256(Path(shard.shard).read_bytes()).hexdigest()
+    for name, counts in report.histograms().items():
+        assert sum(counts) == 24, name
     store = Store(corpus)
     lines = {json.loads(manifest.line(i))["id"]: json.loads(manifest.line(i)) for i in range(24)}
     read = [store.read(i) for i in range(24)]
@@ -93,7 +76,7 @@ def test_a_manifest_becomes_shards(manifest: Manifest, tmp_path: Path) -> None:
         assert one.text == lines[one.key]["text"]
         assert len(one.text) == corpus.text_lengths[i]
         assert one.duration == corpus.durations[i]
-        source = Path(manifest.directory) / lines[one.key]["audio"]
+        source = Path(manifest.directory) / lines[one.key]["audio"]["file"]
         assert store.read_raw(corpus.location(i))[0] == source.read_bytes()
 
 
@@ -154,22 +137,22 @@ def test_a_second_run_does_nothing(manifest: Manifest, tmp_path: Path) -> None:
 def test_a_damaged_or_missing_shard_is_made_again(manifest: Manifest, tmp_path: Path) -> None:
     first = run(manifest, tmp_path)
     whole = contents(tmp_path)
-    os.truncate(first.shards[0], 1024)
-    os.remove(index_path(first.shards[1]))
+    os.truncate(tars(first)[0], 1024)
+    os.remove(index_path(tars(first)[1]))
     assert run(manifest, tmp_path) == first
     assert contents(tmp_path) == whole
 
 
 def test_other_settings_need_overwrite(manifest: Manifest, tmp_path: Path) -> None:
     run(manifest, tmp_path)
-    other = PackSettings(10**6, audio=AudioSettings(max_seconds=0.3))
+    other = PackSettings(10**6, prepare=PrepareSettings(clean=CleanSettings(max_seconds=0.3)))
     for settings, name in ((PackSettings(60_000, 1), "seed"), (other, "shard_bytes")):
         with pytest.raises(DataError, match=f"made with {name} .*--overwrite"):
             run(manifest, tmp_path, settings)
     report = run(manifest, tmp_path, other, overwrite=True)
     assert 0 < report.utterances < 24
     assert report.drops_by_reason() == {"too long": 24 - report.utterances}
-    assert open_corpus([str(tmp_path)]).shards == report.shards
+    assert open_corpus([str(tmp_path)]).shards == tars(report)
 
 
 def test_another_manifest_needs_overwrite(manifest: Manifest, tmp_path: Path) -> None:
@@ -247,11 +230,3 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path: Path) -> None:
         audio.write_bytes(audio.read_bytes()[:2000])
     with pytest.raises(DataError, match=r"undecodable \(3\)"):
         run(path, tmp_path / "out")
-
-
-def test_a_survey_sees_what_packing_will_do(manifest: Manifest) -> None:
-    found = survey_manifest(manifest, SMALL, 2, quiet)
-    alone = survey_manifest(manifest, SMALL, 1, quiet)
-    np.testing.assert_array_equal(found.sizes, alone.sizes)
-    assert found.sizes.shape == found.seconds.shape == (24,)
-    assert found.dropped == []

@@ -39,6 +39,22 @@ def test_errors_come_through_as_they_are(num_workers: int) -> None:
         list(map_unordered(_refuse, range(5), num_workers))
 
 
+def _finish_late(number: int) -> int:
+    if number == 0:
+        raise DataError("at once")
+    time.sleep(0.2)
+    return number
+
+
+def test_what_was_begun_is_finished_before_the_error() -> None:
+    finished: list[int] = []
+    results = map_unordered(_finish_late, range(50), 2)
+    with pytest.raises(DataError, match="at once"):
+        finished.extend(number for number, _ in results)
+    assert 1 in finished
+    assert len(finished) < 10
+
+
 def test_a_killed_worker_is_a_users_error() -> None:
     with pytest.raises(UserError, match="fewer --num-workers"):
         list(map_unordered(_die, range(4), 2))

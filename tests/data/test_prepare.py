@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,30 @@ import numpy as np
 
 import pytest
 import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
 from speech_files import tone
 
 from speechllm.data.audio import decode_audio, encode_flac
-from speechllm.data.manifest import Entry, parse_line
-from speechllm.data.prepare import AudioSettings, Lines, is_kept, prepare, survey
+from speechllm.data.cleaning import CleanSettings, audio_hash
+from speechllm.data.encoding import Encoding, encode_opus
+from speechllm.data.prepare import Lines, Prepared, PrepareSettings, is_kept, prepare, survey
+from speechllm.data.sources.utterance import Access, FileAudio, SourceUtterance, encode_line
 from speechllm.errors import DataError
 
 
-def entry(audio: str, **fields: Any) -> Entry:
-    values = {"id": "a", "audio": audio, "text": "some text", **fields}
-    return parse_line(json.dumps(values).encode(), "line 1")
+def utterance(audio: str, **values: Any) -> SourceUtterance:
+    return SourceUtterance(**{"id": "a", "text": "some text", "audio": FileAudio(audio), **values})
+
+
+def prepared(
+    one: SourceUtterance, directory: Path, settings: PrepareSettings | None = None
+) -> Prepared:
+    return prepare(one, Access((str(directory),)), settings or PrepareSettings())
+
+
+def cleaning(**values: Any) -> PrepareSettings:
+    return PrepareSettings(clean=CleanSettings(**values))
 
 
 @pytest.fixture
@@ -32,12 +45,14 @@ def sources(tmp_path: Path) -> Path:
     (tmp_path / "none.wav").write_bytes(b"")
     nan = np.zeros(1000, np.float32)
     nan[3] = np.nan
+    soundfile.write(tmp_path / "silent.wav", np.zeros(16000, np.int16), 16000)
+    soundfile.write(tmp_path / "clipped.wav", np.full(16000, 32767, np.int16), 16000)
     soundfile.write(tmp_path / "nan.wav", nan, 16000, subtype="FLOAT")
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("audio", "fields", "mode", "kept"),
+    ("audio", "values", "mode", "kept"),
     [
         ("a.flac", {}, "auto", True),
         ("a.OPUS", {}, "auto", True),
@@ -49,90 +64,147 @@ def sources(tmp_path: Path) -> Path:
         ("a.flac", {"channel": 0}, "keep", False),
     ],
 )
-def test_what_is_kept(audio: str, fields: dict[str, Any], mode: Any, kept: bool) -> None:
-    assert is_kept(entry(audio, **fields), AudioSettings(mode)) is kept
+def test_what_is_kept(audio: str, values: dict[str, Any], mode: Any, kept: bool) -> None:
+    assert is_kept(utterance(audio, **values), PrepareSettings(mode)) is kept
 
 
 @pytest.mark.parametrize(
     ("audio", "rate"), [("a.flac", 16000), ("wide.flac", 48000), ("a.mp3", 16000)]
 )
 def test_kept_audio_is_kept_byte_for_byte(sources: Path, audio: str, rate: int) -> None:
-    sample = prepare(entry(audio), str(sources), AudioSettings())
-    assert sample.audio == (sources / audio).read_bytes()
-    assert (sample.extension, sample.sample_rate) == (audio.split(".")[1], rate)
-    assert sample.duration == 1.0
+    found = prepared(utterance(audio), sources)
+    assert found.is_kept
+    assert found.sample.audio == (sources / audio).read_bytes()
+    assert (found.sample.extension, found.sample.sample_rate) == (audio.split(".")[1], rate)
+    assert found.sample.duration == 1.0
 
 
 def test_other_audio_becomes_flac(sources: Path) -> None:
-    sample = prepare(entry("a.wav", channel=1), str(sources), AudioSettings())
-    assert sample.extension == "flac"
-    assert sample.audio == encode_flac(tone(1.0, seed=1))
-    assert sample.sample_rate == 16000
+    found = prepared(utterance("a.wav", channel=1), sources)
+    assert not found.is_kept
+    assert found.sample.extension == "flac"
+    assert found.sample.audio == encode_flac(tone(1.0, seed=1))
+    assert found.sample.sample_rate == 16000
 
 
-def test_a_segment_is_cut_out(sources: Path) -> None:
-    sample = prepare(entry("a.flac", start=0.25, end=0.75), str(sources), AudioSettings())
-    np.testing.assert_array_equal(decode_audio(sample.audio, "flac"), tone(1.0)[4000:12000])
-    assert sample.duration == 0.5
-    assert sample.metadata["start"] == 0.25
+def test_what_has_no_name_for_its_kind_is_encoded(sources: Path) -> None:
+    (sources / "bare").write_bytes((sources / "a.flac").read_bytes())
+    found = prepared(utterance("bare"), sources, PrepareSettings("keep"))
+    assert not found.is_kept
+    assert found.sample.audio == encode_flac(tone(1.0))
+
+
+def test_or_opus(sources: Path) -> None:
+    settings = PrepareSettings("reencode", Encoding("opus", 32_000))
+    sample = prepared(utterance("a.flac", end=0.5), sources, settings).sample
+    assert (sample.extension, sample.sample_rate, sample.duration) == ("opus", 16000, 0.5)
+    assert sample.audio == encode_opus(tone(1.0)[:8000], 32_000)
+
+
+@given(first=st.integers(0, 15_900), length=st.integers(1, 16_000))
+def test_segments_are_cut_to_the_sample(first: int, length: int) -> None:
+    """Against soundfile's own frames, through times as a corpus would give them."""
+    last = min(first + length, 16_000)
+    with tempfile.TemporaryDirectory() as directory:
+        soundfile.write(f"{directory}/a.wav", tone(1.0), 16000)
+        one = utterance("a.wav", start=first / 16000, end=last / 16000)
+        sample = prepared(one, Path(directory)).sample
+        expected, _ = soundfile.read(f"{directory}/a.wav", start=first, stop=last, dtype="int16")
+    np.testing.assert_array_equal(decode_audio(sample.audio, "flac"), expected)
+    assert sample.duration == (last - first) / 16000
 
 
 def test_metadata_keep_what_the_line_held(sources: Path) -> None:
-    line = entry("a.flac", id="x.y", speaker="s", extra={"deep": [1]}, text=" žluť ")
-    sample = prepare(line, str(sources), AudioSettings())
+    fields = {"speaker": "s", "extra": {"deep": [1]}}
+    one = utterance("a.flac", id="x.y", text="žluť", start=0.25, fields=fields)
+    sample = prepared(one, sources).sample
     assert sample.key == "x%2Ey"
     assert sample.metadata == {
         "id": "x.y",
         "text": "žluť",
         "source": "a.flac",
+        "start": 0.25,
         "speaker": "s",
         "extra": {"deep": [1]},
     }
-    own_source = prepare(entry("a.flac", source="corpus"), str(sources), AudioSettings())
+    own_source = prepared(utterance("a.flac", fields={"source": "corpus"}), sources).sample
     assert own_source.metadata["source"] == "corpus"
 
 
+def test_texts_are_normalised(sources: Path) -> None:
+    settings = cleaning(normalise=("strip-punctuation", "lowercase"))
+    found = prepared(utterance("a.flac", text="So, yes!"), sources, settings)
+    assert found.sample.metadata["text"] == "so yes"
+    assert found.measured[:3] == (1.0, 6, 6.0)
+
+
 @pytest.mark.parametrize(
-    ("audio", "fields", "reason"),
+    ("audio", "values", "settings", "reason"),
     [
-        ("a.flac", {"text": ""}, "no text"),
-        ("a.flac", {"text": "\ud800"}, "not Unicode"),
-        ("nowhere.flac", {}, "missing"),
-        ("broken.flac", {}, "undecodable"),
-        ("none.wav", {}, "undecodable"),
-        ("nan.wav", {}, "not finite"),
-        ("a.flac", {"start": 5}, "bad segment"),
-        ("a.wav", {"channel": 2}, "no such channel"),
-        ("a.flac", {"end": 0.2}, "too short"),
-        ("a.flac", {"end": 0.9}, "too long"),
+        ("a.flac", {"text": None}, {}, "no text"),
+        ("a.flac", {"text": "\ud800"}, {}, "not Unicode"),
+        ("nowhere.flac", {}, {}, "missing"),
+        ("broken.flac", {}, {}, "undecodable"),
+        ("none.wav", {}, {}, "undecodable"),
+        ("nan.wav", {}, {}, "not finite"),
+        ("a.flac", {"start": 5}, {}, "bad segment"),
+        ("a.wav", {"channel": 2}, {}, "no such channel"),
+        ("a.flac", {"end": 0.2}, {"min_seconds": 0.3}, "too short"),
+        ("a.flac", {"end": 0.9}, {"max_seconds": 0.8}, "too long"),
+        ("a.flac", {}, {"drop_text": ("some",)}, "unwanted text"),
+        ("a.flac", {}, {"max_chars_per_second": 8.0}, "too many characters per second"),
+        ("a.flac", {}, {"min_chars_per_second": 10.0}, "too few characters per second"),
+        ("silent.wav", {}, {"max_silence": 0.9}, "silent"),
+        ("clipped.wav", {}, {"max_clipping": 0.2}, "clipped"),
     ],
 )
 def test_what_cannot_be_used_says_why(
-    sources: Path, audio: str, fields: dict[str, Any], reason: str
+    sources: Path, audio: str, values: dict[str, Any], settings: dict[str, Any], reason: str
 ) -> None:
-    settings = AudioSettings(min_seconds=0.3, max_seconds=0.8 if "end" in fields else None)
     with pytest.raises(DataError, match=f"^{reason}: "):
-        prepare(entry(audio, **fields), str(sources), settings)
+        prepared(utterance(audio, **values), sources, cleaning(**settings))
+
+
+def lines_of(directory: Path, utterances: list[SourceUtterance]) -> Lines:
+    lines = [(number, encode_line(one, 0)) for number, one in enumerate(utterances, 1)]
+    return Lines(Access((str(directory),)), lines)
 
 
 def test_a_survey_foretells_sizes_lengths_and_drops(sources: Path) -> None:
-    values = [
-        {"id": "1", "audio": "a.flac", "text": "x"},
-        {"id": "2", "audio": "nowhere.flac", "text": "x"},
-        {"id": "3", "audio": "a.wav", "text": "x", "start": 0.25, "end": 9},
-        {"id": "4", "audio": "a.flac", "text": ""},
-        {"id": "5", "audio": "a.wav", "text": "x"},
+    utterances = [
+        utterance("a.flac", id="1"),
+        utterance("nowhere.flac", id="2"),
+        utterance("a.wav", id="3", start=0.25, end=9),
+        utterance("a.flac", id="4", text=None),
+        utterance("a.wav", id="5"),
+        utterance("gone.flac", id="6", seconds=0.5),
     ]
-    lines = [(number, json.dumps(value).encode()) for number, value in enumerate(values, 1)]
-    found = survey(Lines(str(sources), lines), AudioSettings(max_seconds=0.9))
+    found = survey(lines_of(sources, utterances), cleaning(max_seconds=0.9))
     assert [(one.line, one.id, one.reason) for one in found.dropped] == [
         (1, "1", "too long"),
         (2, "2", "missing"),
         (4, "4", "no text"),
         (5, "5", "too long"),
+        (6, "6", "missing"),
     ]
-    assert found.seconds.tolist() == [0, 0, 0.75, 0, 0]
-    assert (found.sizes > 0).tolist() == [False, False, True, False, False]
-    whole = survey(Lines(str(sources), lines[:1]), AudioSettings())
+    assert found.seconds.tolist() == [0, 0, 0.75, 0, 0, 0]
+    assert (found.sizes > 0).tolist() == [False, False, True, False, False, False]
+    assert not found.hashes.any()
+    whole = survey(lines_of(sources, utterances[:1]), PrepareSettings())
     audio = (sources / "a.flac").stat().st_size
     assert audio + 1024 < whole.sizes[0] < audio + 3 * 512 + 1024
+
+
+def test_a_survey_for_duplicates_hears_everything(sources: Path) -> None:
+    utterances = [utterance("a.flac"), utterance("broken.flac"), utterance("silent.wav")]
+    settings = cleaning(drop_duplicate_audio=True, max_silence=0.5)
+    found = survey(lines_of(sources, utterances), settings)
+    assert [one.reason for one in found.dropped] == ["undecodable", "silent"]
+    assert tuple(found.hashes[0].tolist()) == audio_hash(tone(1.0))
+    assert not found.hashes[1:].any()
+
+
+def test_opus_is_foretold_by_its_bitrate(sources: Path) -> None:
+    settings = PrepareSettings("reencode", Encoding("opus", 24_000))
+    found = survey(lines_of(sources, [utterance("a.flac")]), settings)
+    assert 3000 + 1024 <= found.sizes[0] <= 3000 + 1024 + 2 * 512

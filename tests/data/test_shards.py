@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
@@ -17,8 +19,9 @@ from speech_files import make_sample, write_shards
 
 from speechllm.data.audio import decode_audio
 from speechllm.data.index import index_path, open_corpus
-from speechllm.data.shards import Sample, parse_size, safe_key, write_shard
+from speechllm.data.shards import Sample, encode_metadata, parse_size, safe_key, write_shard
 from speechllm.data.store import Store
+from speechllm.errors import DataError
 
 
 @given(one=st.text(min_size=1).filter(lambda s: s.isprintable()))
@@ -81,6 +84,36 @@ def test_an_interrupted_shard_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_shard(str(tmp_path / "a.tar"), samples())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_bytes_and_their_hash_are_told(tmp_path: Path) -> None:
+    tar = tmp_path / "a.tar"
+    written = write_shard(str(tar), [make_sample("a", "x", 0.1), make_sample("b", "y", 0.2)])
+    content = tar.read_bytes()
+    assert written == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_python_s_tarfile_would_write_the_same(tmp_path: Path) -> None:
+    samples = [make_sample(f"{'k' * 120 * i}x", "text", 0.1, seed=i) for i in range(3)]
+    write_shard(str(tmp_path / "a.tar"), samples)
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        for sample in samples:
+            metadata = encode_metadata(sample.metadata)
+            for name, data in (
+                (f"{sample.key}.flac", sample.audio),
+                (f"{sample.key}.json", metadata),
+            ):
+                header = tarfile.TarInfo(name)
+                header.size, header.mode = len(data), 0o644
+                archive.addfile(header, io.BytesIO(data))
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["nowhere/a.tar", "file/a.tar"])
+def test_a_place_that_cannot_be_written_is_a_users_error(tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"a\.tar: cannot be written \(.*finished shards are kept"):
+        write_shard(str(tmp_path / place), [make_sample("a", "x", 0.1)])
 
 
 def test_the_index_has_its_name_before_the_tar(
