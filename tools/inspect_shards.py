@@ -1,16 +1,20 @@
-"""Show what is in shards: counts, hours, lengths, rates, formats, and some utterances.
+"""Show what is in shards: counts, hours, histograms, rates, formats, and some utterances.
 
---verify reads everything: it compares every tar with its index and decodes every utterance.
+--extract KEY --to FILE writes one utterance as training hears it, 16 kHz and mono; --to DIRECTORY
+names the file after the key. --verify reads everything: it compares every tar with its index and
+decodes every utterance (see check_shards.py for more).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -19,16 +23,23 @@ import soundfile
 from rich.table import Table
 from shard_console import hours, progress_bar, run, show, size
 
-from speechllm.data.files import file_size, open_binary
+from speechllm.data.checking import CheckTask, check_shard
+from speechllm.data.files import file_size
 from speechllm.data.index import Corpus, open_corpus
 from speechllm.data.pool import available_cores, map_unordered
-from speechllm.data.scan import scan_tar
 from speechllm.data.shards import safe_key
 from speechllm.data.store import Store
 from speechllm.errors import DataError, UserError
 from speechllm.types import SAMPLE_RATE
 
-_EDGES = (0.0, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0)
+_SECONDS = (0, 1, 2, 5, 10, 15, 20, 30, 60)
+_CHARACTERS = (0, 1, 10, 20, 50, 100, 200, 300, 500)
+_PACES = (0, 2, 5, 8, 10, 12, 15, 20, 25, 30)
+_HISTOGRAMS = {
+    "seconds": "histogram",
+    "characters": "characters_histogram",
+    "characters per second": "characters_per_second_histogram",
+}
 _BAR = 30
 _NAMED = 20
 
@@ -37,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     corpus = open_corpus(options.shards)
     if options.extract is not None:
-        extract(corpus, options.extract, options.to)
+        extract(corpus, options.extract, options.to, overwrite=options.overwrite)
         return 0
     summary = summarise(corpus, options.samples)
     if options.verify:
@@ -62,7 +73,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="read and decode everything")
     parser.add_argument("--num-workers", type=int, default=available_cores(), help="for --verify")
     parser.add_argument("--extract", metavar="KEY", help="write this utterance's audio to a file")
-    parser.add_argument("--to", metavar="FILE", help="where --extract writes, e.g. a.wav")
+    parser.add_argument("--to", metavar="FILE", help="where --extract writes: a.wav, a.flac, a/")
+    parser.add_argument("--overwrite", action="store_true", help="a file that --extract finds")
     options = parser.parse_args(arguments)
     if (options.extract is None) != (options.to is None):
         parser.error("--extract KEY and --to FILE go together")
@@ -72,7 +84,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 def summarise(corpus: Corpus, samples: int) -> dict[str, Any]:
     """What the indexes tell, and the first utterances."""
     sizes = [file_size(tar) or 0 for tar in corpus.shards]
-    counts, _ = np.histogram(corpus.durations, [*_EDGES, np.inf])
     store = Store(corpus)
     shown = [_sample(store, i) for i in range(min(samples, len(corpus)))]
     return {
@@ -84,7 +95,11 @@ def summarise(corpus: Corpus, samples: int) -> dict[str, Any]:
         "seconds": _spread(corpus.durations),
         "characters": _spread(corpus.text_lengths),
         "without_text": int((corpus.text_lengths == 0).sum()),
-        "histogram": dict(zip(_ranges(), counts.tolist(), strict=True)),
+        "histogram": _histogram(corpus.durations, _SECONDS, " s"),
+        "characters_histogram": _histogram(corpus.text_lengths, _CHARACTERS),
+        "characters_per_second_histogram": _histogram(
+            corpus.text_lengths / np.maximum(corpus.durations, 1 / SAMPLE_RATE), _PACES
+        ),
         "sample_rates": _counts(corpus, "sample_rate"),
         "audio": _counts(corpus, "audio_ext"),
         "metadata": _counts(corpus, "meta_ext"),
@@ -123,9 +138,11 @@ def _counts(corpus: Corpus, column: str) -> dict[str, int]:
     return {str(pair["values"]): pair["counts"] for pair in ordered}
 
 
-def _ranges() -> list[str]:
-    inner = [f"{a:g}-{b:g} s" for a, b in pairwise(_EDGES)]
-    return [*inner, f"over {_EDGES[-1]:g} s"]
+def _histogram(values: np.ndarray, edges: Sequence[int], unit: str = "") -> dict[str, int]:
+    """By range."""
+    counts, _ = np.histogram(values, [*edges, np.inf])
+    ranges = [*(f"{a}-{b}{unit}" for a, b in pairwise(edges)), f"over {edges[-1]}{unit}"]
+    return dict(zip(ranges, counts.tolist(), strict=True))
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -144,10 +161,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         ("metadata", "metadata"),
     ):
         table.add_row(title, ", ".join(f"{k}: {v:,}" for k, v in summary[name].items()))
-    highest = max(summary["histogram"].values()) or 1
-    for name, count in summary["histogram"].items():
-        if count:
-            table.add_row(name, "█" * max(1, round(_BAR * count / highest)) + f" {count:,}")
+    for title, name in _HISTOGRAMS.items():
+        _add_histogram(table, title, summary[name])
     show(table)
     for sample in summary["samples"]:
         if "error" in sample:
@@ -164,55 +179,32 @@ def print_summary(summary: dict[str, Any]) -> None:
             print("verified: every tar fits its index, every utterance decodes")
 
 
+def _add_histogram(table: Table, title: str, counts: dict[str, int]) -> None:
+    highest = max(counts.values())
+    if highest:
+        table.add_section()
+        table.add_row(title, "")
+    for name, count in counts.items():
+        if count:
+            table.add_row(f"  {name}", "█" * max(1, round(_BAR * count / highest)) + f" {count:,}")
+
+
 def _spread_text(spread: dict[str, float], form: str) -> str:
     return ", ".join(f"{name} {form.format(value)}" for name, value in spread.items())
 
 
 def verify(corpus: Corpus, num_workers: int) -> list[str]:
     """Everything that is wrong, in the order of the shards."""
+    tasks = [CheckTask(tar) for tar in corpus.shards]
     found: dict[int, list[str]] = {}
     with progress_bar() as progress:
-        for i, problems in map_unordered(verify_shard, corpus.shards, num_workers):
-            found[i] = problems
-            progress("Verifying", len(found), len(corpus.shards))
+        for i, check in map_unordered(check_shard, tasks, num_workers):
+            found[i] = [str(finding) for finding in check.findings]
+            progress("Verifying", len(found), len(tasks))
     return [problem for i in sorted(found) for problem in found[i]]
 
 
-def verify_shard(tar: str) -> list[str]:
-    """Compare one tar's members with its index, and decode every utterance."""
-    corpus = open_corpus([tar])
-    try:
-        with open_binary(tar) as file:
-            rows, skipped = scan_tar(tar, file)
-    except (DataError, OSError) as error:
-        return [str(error)]
-    problems = []
-    for reason, names in skipped.items():
-        problems += [f"{name} in {tar}: {reason}" for name in names]
-    scanned = {(row.key, row.audio.offset, row.audio.size, row.metadata.offset) for row in rows}
-    locations = [corpus.location(i) for i in range(len(corpus))]
-    indexed = {(at.key, at.audio_offset, at.audio_size, at.meta_offset) for at in locations}
-    remedy = "rebuild it with: python tools/index_shards.py --overwrite"
-    problems += [f"{row[0]} in {tar}: not in the index; {remedy}" for row in scanned - indexed]
-    problems += [f"{row[0]} in {tar}: not as the index says; {remedy}" for row in indexed - scanned]
-    store = Store(corpus)
-    for i in range(len(corpus)):
-        try:
-            utterance = store.read(i)
-        except DataError as error:
-            problems.append(str(error))
-            continue
-        # The header of a variable-rate MP3 only estimates its length.
-        slack = 0.1 * utterance.duration if corpus.location(i).audio_ext == "mp3" else 0.0
-        if abs(utterance.duration - corpus.durations[i]) > slack + 0.5 / SAMPLE_RATE:
-            problems.append(
-                f"{utterance.key} in {tar}: {utterance.duration:.3f} s, its header and index say "
-                f"{corpus.durations[i]:.3f} s"
-            )
-    return problems
-
-
-def extract(corpus: Corpus, key: str, target: str) -> None:
+def extract(corpus: Corpus, key: str, target: str, *, overwrite: bool) -> None:
     """Write one utterance's audio, as training sees it: 16 kHz, mono."""
     number = -1
     for wanted in (key, safe_key(key)):
@@ -220,6 +212,11 @@ def extract(corpus: Corpus, key: str, target: str) -> None:
     if number < 0:
         raise UserError(f"no utterance {key!r} in these {len(corpus.shards)} shards")
     utterance = Store(corpus).read(number)
+    if os.path.isdir(target):
+        # A foreign key may hold slashes and dots; as a name it must not lead out of the directory.
+        target = os.path.join(target, f"{safe_key(unquote(utterance.key))}.wav")
+    if os.path.lexists(target) and not overwrite:
+        raise UserError(f"{target}: is there already; choose another name, or say --overwrite")
     try:
         soundfile.write(target, utterance.samples, SAMPLE_RATE)
     except (soundfile.SoundFileError, TypeError, ValueError) as error:

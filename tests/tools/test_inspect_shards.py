@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -40,6 +41,9 @@ def test_a_summary(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary["characters"]["max"] == 14
     assert summary["without_text"] == 1
     assert summary["histogram"]["0-1 s"] == summary["histogram"]["1-2 s"] == 1
+    assert summary["characters_histogram"]["0-1"] == 1
+    assert summary["characters_histogram"]["10-20"] == 1
+    assert summary["characters_per_second_histogram"]["25-30"] == 1
     assert summary["sample_rates"] == {"16000": 2}
     assert summary["audio"] == {"flac": 2}
     assert summary["fingerprint"] == open_corpus([str(directory)]).fingerprint
@@ -127,6 +131,32 @@ def test_one_utterance_is_extracted(directory: Path, capsys: pytest.CaptureFixtu
         main([str(directory), "--extract", "b", "--to", str(directory / "one.xyz")])
     with pytest.raises(SystemExit):
         main([str(directory), "--extract", "b"])
+
+
+def test_nothing_is_overwritten_unasked(directory: Path) -> None:
+    target = directory / "one.wav"
+    target.write_bytes(b"mine")
+    command = [str(directory), "--extract", "b", "--to", str(target)]
+    with pytest.raises(UserError, match=r"one\.wav: is there already"):
+        main(command)
+    assert target.read_bytes() == b"mine"
+    assert main([*command, "--overwrite"]) == 0
+    assert soundfile.info(target).frames == 24000
+
+
+@pytest.mark.parametrize("key", ["../../evil", "/etc/evil", "a/b", "~x"])
+def test_a_key_does_not_lead_out_of_the_directory(tmp_path: Path, key: str) -> None:
+    """As keys of foreign tars may try to."""
+    shards, target = tmp_path / "shards", tmp_path / "one" / "two"
+    shards.mkdir()
+    target.mkdir(parents=True)
+    sample = make_sample("x", "text", 0.1)
+    write_shard(str(shards / "a.tar"), [dataclasses.replace(sample, key=key)])
+    before = set(tmp_path.rglob("*"))
+    assert main([str(shards), "--extract", key, "--to", str(target)]) == 0
+    (written,) = set(tmp_path.rglob("*")) - before
+    assert written.parent == target
+    np.testing.assert_array_equal(soundfile.read(written, dtype="int16")[0], tone(0.1))
 
 
 def test_shards_without_index_are_refused(directory: Path) -> None:
