@@ -44,6 +44,9 @@ class RowAudio:
     extension: str
 
 
+# Kept, because json.dumps makes a new one for every call that has options.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
 AudioRef = FileAudio | SliceAudio | CommandAudio | RowAudio
 
 
@@ -127,7 +130,7 @@ def encode_line(utterance: SourceUtterance, root: int) -> bytes:
     if utterance.fields:
         values["fields"] = utterance.fields
     try:
-        return json.dumps(values, ensure_ascii=False, separators=(",", ":")).encode()
+        return _ENCODER.encode(values).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which is told when the line is used
         return json.dumps(values, separators=(",", ":")).encode()
 
