@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from speechllm.model.identity import missing
 from speechllm.planner.advice import config_name, job_of, machine_here, worst_parts
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.command import utterances_of
-from speechllm.prepare import epoch_plans, open_split, prepare_text, settle_precision
+from speechllm.prepare import Split, TextSide, open_split, prepare_text, settle_precision
+from speechllm.preview import write_preview
+from speechllm.training_data import epoch_plans, in_words, open_training
 
 GIB = 2**30
 
@@ -34,8 +37,11 @@ class Findings:
         self.ready = False
 
 
-def check(config: Config) -> Findings:
-    """Looks at weights, shards, memory and the run directory; downloads and trains nothing."""
+def check(config: Config, *, preview: Path | None = None) -> Findings:
+    """Looks at weights, shards, memory and the run directory; downloads and trains nothing.
+
+    preview: write examples of the augmentation there.
+    """
     findings = Findings()
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     config = settle_precision(config, torch.device("cuda" if on_gpu else "cpu"))
@@ -45,7 +51,7 @@ def check(config: Config) -> Findings:
     if not absent:
         findings.good("weights of encoder and LLM, tokenizer")
         _check_memory(config, findings)
-        _check_data(config, findings)
+        _check_data(config, findings, preview)
     else:
         findings.lines.append("  -        shards: not looked at, their cost needs the tokenizer")
     _check_run_dir(config, findings)
@@ -53,37 +59,57 @@ def check(config: Config) -> Findings:
     return findings
 
 
-def _check_data(config: Config, findings: Findings) -> None:
-    budget = config.data.microbatch_tokens
-    wanted = {"data.train": config.data.train}
-    if config.evaluation.every:
-        wanted["data.validation"] = config.data.validation
+def _check_data(config: Config, findings: Findings, preview: Path | None) -> None:
     try:
         text = prepare_text(config)
     except UserError as error:
         findings.bad(f"prompt: {error}")
         return
-    for key, patterns in wanted.items():
-        try:
-            split = open_split(config, patterns, text, key=key, budget=budget)
-        except UserError as error:
-            findings.bad(f"{key}: {error}")
-            continue
-        kept = split.selection.kept
+    key = "data.mixture" if config.data.mixture else "data.train"
+    train = _opened(key, lambda: open_training(config, text), findings)
+    if train is not None:
+        findings.lines += [f"           {line}" for line in in_words(train)]
+        plan = epoch_plans(config, train)(0)
         findings.good(
-            f"{key}: {len(split.corpus.shards)} shards, {len(kept)} utterances, {split.hours:.2f} h"
+            f"an epoch is {plan.num_steps} steps of "
+            f"{config.data.microbatches_per_step} microbatches, padding "
+            f"{100 * plan.padding_fraction:.1f} %; {config.train.steps} steps are "
+            f"{config.train.steps / plan.num_steps:.1f} epochs"
         )
-        for reason, numbers in split.selection.dropped.items():
-            if len(numbers):
-                findings.lines.append(f"           {len(numbers)} dropped: {reason}")
-        if key == "data.train":
-            plan = epoch_plans(config, split)(0)
-            findings.good(
-                f"an epoch is {plan.num_steps} steps of "
-                f"{config.data.microbatches_per_step} microbatches, padding "
-                f"{100 * plan.padding_fraction:.1f} %; {config.train.steps} steps are "
-                f"{config.train.steps / plan.num_steps:.1f} epochs"
-            )
+    if config.evaluation.every:
+        _opened("data.validation", lambda: _validation(config, text), findings)
+    if train is not None and preview is not None:
+        _write_preview(config, train, preview, findings)
+
+
+def _validation(config: Config, text: TextSide) -> Split:
+    budget = config.data.microbatch_tokens
+    return open_split(config, config.data.validation, text, key="data.validation", budget=budget)
+
+
+def _opened(key: str, open_it: Callable[[], Split], findings: Findings) -> Split | None:
+    try:
+        split = open_it()
+    except UserError as error:
+        findings.bad(f"{key}: {error}")
+        return None
+    kept = split.selection.kept
+    findings.good(
+        f"{key}: {len(split.corpus.shards)} shards, {len(kept)} utterances, {split.hours:.2f} h"
+    )
+    for reason, numbers in split.selection.dropped.items():
+        if len(numbers):
+            findings.lines.append(f"           {len(numbers)} dropped: {reason}")
+    return split
+
+
+def _write_preview(config: Config, train: Split, directory: Path, findings: Findings) -> None:
+    try:
+        count = write_preview(config, train.store, train.selection.kept, directory)
+    except UserError as error:
+        findings.bad(str(error))
+    else:
+        findings.good(f"{count} utterances with their augmentation, see {directory}/index.json")
 
 
 def _check_memory(config: Config, findings: Findings) -> None:

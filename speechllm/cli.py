@@ -89,6 +89,10 @@ def _parser() -> argparse.ArgumentParser:
         "check", help="say what a configuration lacks (weights, shards, memory), without training"
     )
     _config_arguments(check)
+    check.add_argument(
+        "--preview", type=Path, metavar="DIR",
+        help="also write a few utterances with data.augmentation there, as wav files and pictures",
+    )  # fmt: skip
     check.set_defaults(command=_check)
 
     plan = commands.add_parser(
@@ -207,7 +211,7 @@ def _check(options: argparse.Namespace) -> int:
     _quiet_transformers()
     from speechllm.check import check
 
-    findings = check(config)
+    findings = check(config, preview=options.preview)
     print("\n".join(findings.lines))
     return 0 if findings.ready else WRONG_INPUT
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,13 @@ import torch
 
 from transformers import PreTrainedTokenizerBase
 
+from speechllm.config.data import DatasetPrompt
+from speechllm.config.model import Prompt
 from speechllm.config.schema import Config
 from speechllm.data.cache import BlockCache
 from speechllm.data.index import Corpus, open_corpus
-from speechllm.data.plan import ORDER, EpochPlan, PlanSettings, plan_epoch
+from speechllm.data.mixture import Mixture
+from speechllm.data.plan import PlanSettings
 from speechllm.data.plan_table import PlanTable
 from speechllm.data.prompt import Prompter
 from speechllm.data.selection import CostSettings, Selection, populate
@@ -27,6 +29,7 @@ from speechllm.model.build import AudioTokens, audio_token_counter, bf16_is_fast
 from speechllm.model.pretrained import load_tokenizer
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.strategy.build import frozen_weights, loading
+from speechllm.types import SAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class TextSide:
 
     tokenizer: PreTrainedTokenizerBase
     prompter: Prompter
+    prompters: Mapping[str, Prompter]  # of the data sets of data.mixture
     audio_tokens: AudioTokens
     pad_id: int
 
@@ -45,10 +49,12 @@ class Split:
 
     corpus: Corpus
     store: Store
+    cost_settings: CostSettings
     costs: np.ndarray  # int32 [utterances], LLM positions
     selection: Selection
     hours: float  # of audio that is used
     table: PlanTable
+    mixture: Mixture | None = None
 
 
 def settle_precision(config: Config, device: torch.device) -> Config:
@@ -61,8 +67,25 @@ def settle_precision(config: Config, device: torch.device) -> Config:
 def prepare_text(config: Config) -> TextSide:
     tokenizer = load_tokenizer(config.model.llm)
     prompter = Prompter(tokenizer, config.model.prompt, config.seed)
+    prompters = {
+        name: _dataset_prompter(config, part.prompt, tokenizer) or prompter
+        for name, part in config.data.mixture.items()
+    }
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else prompter.end_token_id
-    return TextSide(tokenizer, prompter, audio_token_counter(config.model), pad_id)
+    return TextSide(tokenizer, prompter, prompters, audio_token_counter(config.model), pad_id)
+
+
+def _dataset_prompter(
+    config: Config, prompt: DatasetPrompt, tokenizer: PreTrainedTokenizerBase
+) -> Prompter | None:
+    """None where the prompt is the general one. Raises ConfigError where it cannot be used."""
+    changes: dict[str, Any] = {"texts": prompt.texts} if prompt.texts else {}
+    if prompt.system is not None:
+        changes["system"] = prompt.system
+    if not changes:
+        return None
+    whole = Prompt.model_validate(config.model.prompt.model_dump() | changes)
+    return Prompter(tokenizer, whole, config.seed)
 
 
 def prepare_model(
@@ -99,18 +122,30 @@ def prepare_model(
 
 
 def open_split(
-    config: Config, patterns: Sequence[str], text: TextSide, *, key: str, budget: int
+    config: Config,
+    patterns: Sequence[str],
+    text: TextSide,
+    *,
+    key: str,
+    budget: int,
+    prompt_tokens: tuple[int, ...] = (),
+    rate: int = SAMPLE_RATE,
 ) -> Split:
-    """Raises ConfigError without `patterns`, DataError where nothing is left; both name `key`."""
+    """Raises ConfigError without `patterns`, DataError where nothing is left; both name `key`.
+
+    prompt_tokens: of each shard, where their prompts are not the general one. rate: Hz at which
+    costs take the audio to be.
+    """
     if not patterns:
         raise ConfigError(f"{key} is not set; give a directory or glob of shards: {key}=DIR")
     corpus = open_corpus(patterns, open_cache(config))
     settings = CostSettings(
-        text.prompter.max_prompt_tokens,
+        prompt_tokens or text.prompter.max_prompt_tokens,
         config.data.characters_per_token,
         config.data.min_seconds,
         config.data.max_seconds,
         budget,
+        rate,
     )
     found = populate(corpus, text.audio_tokens, settings)
     selection = found.selection
@@ -130,7 +165,7 @@ def open_split(
             f"{key}: none of the {len(corpus)} utterances can be used (dropped: {drops}); "
             "see data.min_seconds, data.max_seconds and data.microbatch_tokens"
         )
-    return Split(corpus, Store(corpus), found.costs, selection, found.hours, found.table)
+    return Split(corpus, Store(corpus), settings, found.costs, selection, found.hours, found.table)
 
 
 def open_cache(config: Config) -> BlockCache | None:
@@ -147,38 +182,3 @@ def plan_settings(config: Config) -> PlanSettings:
         microbatches_per_step=config.data.microbatches_per_step,
         window=config.data.window,
     )
-
-
-def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
-    """The plan of each epoch; the last two are remembered."""
-
-    @lru_cache(maxsize=2)
-    def plan_of(epoch: int) -> EpochPlan:
-        return plan_epoch(
-            split.corpus.shard_sizes,
-            split.costs,
-            split.selection.kept,
-            plan_settings(config),
-            epoch,
-            split.table,
-        )
-
-    return plan_of
-
-
-def data_identity(config: Config, split: Split) -> dict[str, Any]:
-    """What the order of the data follows from. A run resumes only where all of it is the same."""
-    settings = plan_settings(config)
-    return {
-        "data": {
-            "train": list(config.data.train),
-            "utterances": len(split.selection.kept),
-            "hash": f"{split.corpus.fingerprint}:{len(split.selection.kept)}",
-        },
-        "data order": ORDER,
-        "seed": settings.seed,
-        "data.microbatch_tokens": settings.microbatch_tokens,
-        "data.microbatches_per_step": settings.microbatches_per_step,
-        "data.window": settings.window,
-        "data.characters_per_token": config.data.characters_per_token,
-    }

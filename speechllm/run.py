@@ -31,8 +31,6 @@ from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prepare import (
     Split,
     TextSide,
-    data_identity,
-    epoch_plans,
     open_split,
     prepare_model,
     prepare_text,
@@ -42,6 +40,13 @@ from speechllm.report.progress import ProgressLine
 from speechllm.report.status import RunStatus
 from speechllm.strategy.base import Strategy
 from speechllm.strategy.build import build_strategy
+from speechllm.training_data import (
+    data_identity,
+    epoch_plans,
+    in_words,
+    open_training,
+    train_loader,
+)
 from speechllm.world import World
 
 
@@ -90,17 +95,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     if world.is_main:
         _write_config(config, directory)
     _say_what_runs(config, world, model, train, plan_of(progress.epoch), progress)
-    loader = TrainLoader(
-        train.store,
-        text.prompter,
-        text.audio_tokens,
-        text.pad_id,
-        plan_of,
-        rank=world.rank,
-        world=world.size,
-        num_workers=config.data.num_workers,
-        prefetch=config.data.prefetch,
-    )
+    loader = train_loader(config, train, text, plan_of, rank=world.rank, world=world.size)
     writer = metrics = status = None
     if world.is_main:
         lease = lease_of_environment()
@@ -166,7 +161,7 @@ def run_directory(config: Config) -> Path:
 
 def _open_data(config: Config, text: TextSide) -> tuple[Split, Split | None]:
     budget = config.data.microbatch_tokens
-    train = open_split(config, config.data.train, text, key="data.train", budget=budget)
+    train = open_training(config, text)
     if not config.evaluation.every:
         return train, None
     if not config.data.validation:
@@ -252,6 +247,8 @@ def _say_what_runs(
         len(kept), train.hours, plan.num_steps,
         config.data.microbatches_per_step, 100 * plan.padding_fraction,
     )  # fmt: skip
+    for line in in_words(train):
+        logger.info("%s", line)
     waste = -config.data.microbatches_per_step % world.size
     if waste:
         logger.warning(

@@ -150,7 +150,7 @@ def _count_bad(run: Run, data: StepData, totals: StepTotals, plan: EpochPlan) ->
             data,
             run.world,
             bad=run.progress.bad_in_epoch,
-            epoch_utterances=len(run.train.selection.kept),
+            epoch_utterances=plan.num_utterances,
             fraction=run.config.data.max_bad_fraction,
         )
 

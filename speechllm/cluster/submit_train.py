@@ -157,9 +157,14 @@ def checked_config(path: str, overrides: Sequence[str]) -> Config:
     config = load_config(path, overrides)
     if config.run_dir is None:
         raise ConfigError(f"{path}: run_dir is missing; give it, as in run_dir=exp/first")
-    if not config.data.train:
+    if not config.data.training_shards:
         raise ConfigError(f"{path}: data.train is missing; give it, as in data.train=data/train")
-    for key, patterns in (("train", config.data.train), ("validation", config.data.validation)):
+    wanted = {
+        "train": config.data.train,
+        **{f"mixture.{name}.shards": part.shards for name, part in config.data.mixture.items()},
+        "validation": config.data.validation,
+    }
+    for key, patterns in wanted.items():
         for pattern in patterns:
             simple = "://" not in pattern and "::" not in pattern and "{" not in pattern
             if simple and not glob.glob(pattern, recursive=True) and not os.path.exists(pattern):

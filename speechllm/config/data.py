@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from speechllm.config.model import refuse_two_audios
 from speechllm.config.section import Path, Paths, Section, as_list
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -34,6 +35,11 @@ class DatasetPrompt(Section):
         description="Replace `model.prompt.texts`; none: those. An utterance's own `prompt` field "
         "goes before either.",
     )
+
+    @model_validator(mode="after")
+    def _one_audio(self) -> DatasetPrompt:
+        refuse_two_audios(self.texts)
+        return self
 
 
 class Dataset(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, Tag, model_validator
@@ -105,6 +106,12 @@ Connector = Annotated[
 ]
 
 
+def refuse_two_audios(texts: Sequence[str]) -> None:
+    for text in texts:
+        if text.count("{audio}") > 1:
+            raise ValueError(f"prompt text {text!r} holds {{audio}} more than once")
+
+
 class Prompt(Section):
     kind: Literal["chat", "plain"] = Field(
         "chat",
@@ -121,9 +128,7 @@ class Prompt(Section):
 
     @model_validator(mode="after")
     def _one_audio(self) -> Prompt:
-        for text in self.texts:
-            if text.count("{audio}") > 1:
-                raise ValueError(f"prompt text {text!r} holds {{audio}} more than once")
+        refuse_two_audios(self.texts)
         if self.kind == "plain" and self.system is not None:
             raise ValueError("`system` belongs to kind: chat; write it into `texts` instead")
         return self

@@ -149,3 +149,13 @@ class Config(Section):
         if self.evaluation.patience and not self.evaluation.every:
             raise ValueError("evaluation.patience needs evaluation.every above 0")
         return self
+
+    @model_validator(mode="after")
+    def _system_turns_are_of_chats(self) -> Config:
+        for name, dataset in self.data.mixture.items():
+            if self.model.prompt.kind == "plain" and dataset.prompt.system is not None:
+                raise ValueError(
+                    f"data.mixture.{name}.prompt.system belongs to model.prompt.kind: chat; write "
+                    "it into its texts instead"
+                )
+        return self

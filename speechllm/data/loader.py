@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from speechllm.data.ahead import fetched_ahead
+from speechllm.data.augmenter import Augmenter
 from speechllm.data.cache import BLOCK
 from speechllm.data.collate import collate
 from speechllm.data.plan import EpochPlan, rank_share
@@ -28,10 +29,12 @@ from speechllm.errors import DataError
 from speechllm.types import (
     SAMPLE_RATE,
     STOP_SIGNALS,
+    AudioSegment,
     BadUtterance,
     Example,
     Microbatch,
     Reference,
+    SpecMasks,
     StepData,
     Utterance,
 )
@@ -59,6 +62,8 @@ class TrainLoader:
         rank: of `world` ranks, whose share of each step is read.
         num_workers: processes; 0 reads in this one.
         prefetch: microbatches that each process keeps ready.
+        prompters: of each shard, where they differ.
+        augmenter: of the audio.
     """
 
     def __init__(
@@ -73,8 +78,12 @@ class TrainLoader:
         world: int,
         num_workers: int,
         prefetch: int,
+        prompters: Sequence[Prompter] = (),
+        augmenter: Augmenter | None = None,
     ) -> None:
-        self._reader = _Reader(store, prompter, audio_tokens, pad_id)
+        self._reader = _Reader(
+            store, prompter, audio_tokens, pad_id, prompters=prompters, augmenter=augmenter
+        )
         self._plan_of = plan_of
         self._rank = rank
         self._world = world
@@ -101,6 +110,10 @@ class TrainLoader:
                 mine += [_repeat(microbatch)] * (task.rounds - len(mine))
                 yield StepData(task.epoch, task.step, mine)
                 mine = []
+
+    def read(self, epoch: int, utterances: np.ndarray) -> Microbatch:
+        """These utterances as a microbatch of that epoch, read in this process."""
+        return self._reader[_Task(epoch, 0, 0, utterances)][1]
 
     def _tasks(self, epoch: int, step: int) -> Iterator[_Task]:
         while True:
@@ -171,6 +184,8 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
     pad_id: int
     with_target: bool = True
     pad_left: bool = False
+    prompters: Sequence[Prompter] = ()
+    augmenter: Augmenter | None = None
 
     def __getitem__(self, task: _Task) -> tuple[_Task, Microbatch]:
         examples: list[Example] = []
@@ -178,8 +193,8 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
         bad: list[BadUtterance] = []
         for number in task.utterances.tolist():
             try:
-                utterance = self.store.read(number)
-                examples.append(self._example(utterance, task.epoch))
+                utterance, example = self._read(number, task.epoch)
+                examples.append(example)
             except DataError as error:
                 bad.append(self._bad(number, error))
                 continue
@@ -209,10 +224,18 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
         reason = str(error).removeprefix(f"{place.key} in {place.shard}: ")
         return BadUtterance(place.key, place.shard, reason)
 
-    def _example(self, utterance: Utterance, epoch: int) -> Example:
+    def _read(self, number: int, epoch: int) -> tuple[Utterance, Example]:
+        utterance = self.store.read(number)
         if self.with_target and not utterance.text.strip():
             raise DataError("the text is empty")
-        return self.prompter.example(utterance, epoch, with_target=self.with_target)
+        masks = None
+        if self.augmenter is not None:
+            utterance, masks = self.augmenter(utterance, epoch)
+        prompter = self.prompter
+        if self.prompters:
+            prompter = self.prompters[self.store.corpus.shard_of(number)]
+        example = prompter.example(utterance, epoch, with_target=self.with_target)
+        return utterance, example if masks is None else _with_masks(example, masks)
 
 
 def _fetched_ahead(store: Store, tasks: Iterable[_Task]) -> Iterable[_Task]:
@@ -225,6 +248,14 @@ def _fetched_ahead(store: Store, tasks: Iterable[_Task]) -> Iterable[_Task]:
 
     limit = min(_AHEAD_BYTES, int(cache.limit * _AHEAD_PART)) // BLOCK
     return fetched_ahead(tasks, blocks_of, store.keep_block, limit=limit, threads=_AHEAD_THREADS)
+
+
+def _with_masks(example: Example, masks: SpecMasks) -> Example:
+    segments = (
+        replace(segment, masks=masks) if isinstance(segment, AudioSegment) else segment
+        for segment in example.segments
+    )
+    return replace(example, segments=tuple(segments))
 
 
 def _repeat(microbatch: Microbatch) -> Microbatch:

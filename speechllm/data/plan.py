@@ -135,6 +135,11 @@ class EpochPlan:
         return int(self._first_step[-1]) + int(last)
 
     @property
+    def num_utterances(self) -> int:
+        """As often as each is trained on."""
+        return int(self._table.bounds[-1])
+
+    @property
     def num_microbatches(self) -> int:
         full = int(self._first_step[-1])
         last = len(self._last_step()) if self.num_steps > full else 0

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from speechllm.data.augment import perturbed_samples
 from speechllm.data.index import Corpus
 from speechllm.data.plan_table import PlanTable, plan_table
 from speechllm.data.shared import SHARED_UTTERANCES, shared_arrays
@@ -25,16 +26,18 @@ AudioTokens = Callable[[np.ndarray], np.ndarray]
 class CostSettings:
     """What costs and choice follow from, besides the corpus.
 
-    prompt_tokens: prefix, suffix and end token together. characters_per_token: estimate by which
-    the length of the text is counted. budget: positions of a microbatch; an utterance above it
-    fits none.
+    prompt_tokens: prefix, suffix and end token together; where shards differ, of each.
+    characters_per_token: estimate by which the length of the text is counted. budget: positions of
+    a microbatch; an utterance above it fits none. rate: Hz at which audio is taken to be, see
+    `perturbed_samples`.
     """
 
-    prompt_tokens: int
+    prompt_tokens: int | tuple[int, ...]
     characters_per_token: float
     min_seconds: float
     max_seconds: float
     budget: int
+    rate: int = SAMPLE_RATE
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +86,34 @@ def populate(corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings) 
     return Population(arrays["costs"], selection, float(arrays["hours"][0]), table)
 
 
+def costs_at(
+    corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings, rates: np.ndarray | int
+) -> np.ndarray:
+    """LLM positions of each utterance whose audio is taken to be at `rates` Hz: int32 [U]."""
+    prompt_tokens: np.ndarray | int = 0
+    if isinstance(settings.prompt_tokens, int):
+        prompt_tokens = settings.prompt_tokens
+    else:
+        of_shard = np.array(settings.prompt_tokens, dtype=np.int32)
+        prompt_tokens = np.repeat(of_shard, corpus.shard_sizes)
+    costs = np.empty(len(corpus), dtype=np.int32)
+    for at in range(0, len(corpus), _CHUNK):
+        chunk = slice(at, at + _CHUNK)
+        samples = np.rint(corpus.durations[chunk] * SAMPLE_RATE).astype(np.int64)
+        rate = np.broadcast_to(rates, len(corpus))[chunk]
+        costs[chunk] = utterance_costs(
+            audio_tokens(perturbed_samples(samples, rate)),
+            corpus.text_lengths[chunk],
+            np.broadcast_to(prompt_tokens, len(corpus))[chunk],
+            settings.characters_per_token,
+        )
+    return costs
+
+
 def utterance_costs(
     audio_tokens: np.ndarray,
     text_lengths: np.ndarray,
-    prompt_tokens: int,
+    prompt_tokens: np.ndarray | int,
     characters_per_token: float,
 ) -> np.ndarray:
     """LLM positions of each utterance: int32 [U].
@@ -134,16 +161,7 @@ def select(
 def _populate(
     corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings
 ) -> dict[str, np.ndarray]:
-    costs = np.empty(len(corpus), dtype=np.int32)
-    for at in range(0, len(corpus), _CHUNK):
-        chunk = slice(at, at + _CHUNK)
-        samples = np.ceil(corpus.durations[chunk] * SAMPLE_RATE).astype(np.int64)
-        costs[chunk] = utterance_costs(
-            audio_tokens(samples),
-            corpus.text_lengths[chunk],
-            settings.prompt_tokens,
-            settings.characters_per_token,
-        )
+    costs = costs_at(corpus, audio_tokens, settings, settings.rate)
     selection = select(
         corpus.durations,
         corpus.text_lengths,

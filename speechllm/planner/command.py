@@ -12,7 +12,8 @@ from speechllm.planner.advice import LARGEST_BUDGET, machine_here, make_plan
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.table import plan_text
 from speechllm.planner.workload import Utterance, assumed, of_split
-from speechllm.prepare import Split, TextSide, open_split, prepare_text
+from speechllm.prepare import Split, TextSide, prepare_text
+from speechllm.training_data import open_training
 
 ASSUMED = "utterances of 2 to 30 s assumed"
 TOKENIZERS = ("tokenizer.json", *VOCABULARY)
@@ -31,7 +32,7 @@ def plan_command(
 def utterances_of(config: Config) -> tuple[list[Utterance], str]:
     """The lengths of data.train where it and the tokenizer are on this machine, else assumed ones;
     and which of the two, in words. Looks at nothing but this machine."""
-    if not config.data.train:
+    if not config.data.training_shards:
         return assumed(config), f"{ASSUMED} (data.train is not set)"
     level = logger.level
     logger.setLevel(logging.ERROR)  # which utterances training would drop is not the question here
@@ -54,5 +55,4 @@ def _train_split(config: Config) -> tuple[Split, TextSide]:
         update={"model": config.model.model_copy(update={"llm": here})}
     )  # as a directory, so that the hub is not asked whether it has something newer
     text = prepare_text(local)
-    split = open_split(local, local.data.train, text, key="data.train", budget=LARGEST_BUDGET)
-    return split, text
+    return open_training(local, text, budget=LARGEST_BUDGET), text

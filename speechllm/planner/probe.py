@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from speechllm.data.loader import read_batches
 from speechllm.data.plan import FlatPlan
 from speechllm.errors import UserError
 from speechllm.log import logger
@@ -20,7 +19,7 @@ from speechllm.planner.measure import peak_growth
 from speechllm.planner.memory import estimate_memory
 from speechllm.planner.workload import shape_of
 from speechllm.run import Run
-from speechllm.types import Batch
+from speechllm.types import SAMPLE_RATE, Batch
 
 REMEDY = (
     "lower data.microbatch_tokens (and raise data.microbatches_per_step by as much), set "
@@ -62,9 +61,9 @@ def probe(run: Run) -> ProbeResult:
     """
     plan = run.plan_of(0).flat()
     utterances = plan.microbatch(costliest(plan, run.train.corpus.durations))
-    batch = _read(run, utterances)
+    batch = run.loader.read(0, utterances).batch
     shape = shape_of(batch)
-    seconds = float(run.train.corpus.durations[utterances].max())
+    seconds = int(batch.audio_lengths_A.max()) / SAMPLE_RATE
     parts = _predicted(run, shape)
     standing = _standing(run, parts)
     try:
@@ -90,21 +89,6 @@ def costliest(plan: FlatPlan, durations: np.ndarray) -> int:
     """
     longest = np.maximum.reduceat(durations[plan.utterances], plan.microbatch_starts[:-1])
     return int(np.lexsort((longest, plan.positions))[-1])
-
-
-def _read(run: Run, utterances: np.ndarray) -> Batch:
-    batches = read_batches(
-        run.train.store,
-        run.text.prompter,
-        run.text.audio_tokens,
-        run.text.pad_id,
-        [utterances],
-        with_target=True,
-        pad_left=False,
-        num_workers=0,
-        prefetch=1,
-    )
-    return next(batches).batch
 
 
 def _step(run: Run, batch: Batch) -> None:

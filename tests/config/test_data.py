@@ -100,6 +100,14 @@ def test_keys_with_names_are_known():
         ),
         (["data.augmentation.speed.factors=[]"], "`factors` is empty"),
         (["data.augmentation.speed.factors=[1, 3]"], "factors[1]: expected less than or equal"),
+        (
+            ["data.mixture.a.shards=x", "data.mixture.a.prompt.texts=a {audio} b {audio}"],
+            "data.mixture.a.prompt: prompt text 'a {audio} b {audio}' holds {audio} more than once",
+        ),
+        (
+            ["data.mixture.a={shards: x, prompt: {system: s}}", "model.prompt.kind=plain"],
+            "data.mixture.a.prompt.system belongs to model.prompt.kind: chat",
+        ),
         (["data.augmentation.spec.probability=2"], "expected less than or equal to 1, got '2'"),
     ],
 )

@@ -25,11 +25,12 @@ from speechllm.data.loader import TrainLoader
 from speechllm.decode import decode
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim import learning_rate
-from speechllm.prepare import epoch_plans, open_split, prepare_model, prepare_text
+from speechllm.prepare import open_split, prepare_model, prepare_text
 from speechllm.step import StepTotals, agree, run_step
 from speechllm.strategy.base import Strategy, TrainableState
 from speechllm.strategy.build import build_strategy
 from speechllm.strategy.ddp import DDPStrategy
+from speechllm.training_data import epoch_plans
 from speechllm.types import StepData
 from speechllm.world import World
 

@@ -1,0 +1,174 @@
+"""What a run is trained on: shards or a mixture, the plans of its epochs, its batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from speechllm.config.schema import Config
+from speechllm.data.augment import is_on, slowest_rate, speed_rates
+from speechllm.data.augmenter import Augmenter
+from speechllm.data.keys import hash_keys
+from speechllm.data.loader import TrainLoader
+from speechllm.data.mixture import epoch_utterances, owners_of_shards, plan_mixture, spread
+from speechllm.data.plan import ORDER, EpochPlan, plan_epoch
+from speechllm.data.plan_table import PlanTable, plan_table
+from speechllm.data.selection import costs_at
+from speechllm.data.shared import SHARED_UTTERANCES, shared_arrays
+from speechllm.model.build import audio_token_counter
+from speechllm.prepare import Split, TextSide, open_split, plan_settings
+
+
+def open_training(config: Config, text: TextSide, *, budget: int | None = None) -> Split:
+    """The split of data.train or data.mixture. Its costs, and so what is dropped as over the
+    budget, are those at the slowest speed that data.augmentation can draw.
+
+    budget: in place of data.microbatch_tokens. Raises ConfigError or DataError, as `open_split`.
+    """
+    data = config.data
+    budget = data.microbatch_tokens if budget is None else budget
+    rate = slowest_rate(data.augmentation.speed)
+    if not data.mixture:
+        return open_split(config, data.train, text, key="data.train", budget=budget, rate=rate)
+    owners = owners_of_shards(data.mixture)
+    split = open_split(
+        config,
+        list(owners),
+        text,
+        key="data.mixture",
+        budget=budget,
+        rate=rate,
+        prompt_tokens=tuple(text.prompters[name].max_prompt_tokens for name in owners.values()),
+    )
+    mixture = plan_mixture(
+        data.mixture,
+        data.temperature,
+        tuple(owners.values()),
+        split.corpus.shard_sizes,
+        split.selection.kept,
+        split.corpus.durations,
+    )
+    return replace(split, mixture=mixture)
+
+
+def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
+    """The plan of each epoch; the last two are remembered."""
+    settings, speed = plan_settings(config), config.data.augmentation.speed
+    corpus, kept = split.corpus, split.selection.kept
+
+    def plain(epoch: int) -> EpochPlan:
+        return plan_epoch(corpus.shard_sizes, split.costs, kept, settings, epoch, split.table)
+
+    if split.mixture is None and not speed.probability:
+        return lru_cache(maxsize=2)(plain)
+
+    @cache
+    def hashes() -> np.ndarray:
+        return hash_keys(corpus.column("key"))
+
+    def arrays(epoch: int) -> dict[str, np.ndarray]:
+        costs, taken, sizes = split.costs, kept, corpus.shard_sizes
+        if speed.probability:
+            rates = speed_rates(speed, config.seed, epoch, hashes())
+            costs = costs_at(corpus, audio_token_counter(config.model), split.cost_settings, rates)
+        if split.mixture is not None:
+            heard = epoch_utterances(split.mixture.parts, config.seed, epoch)
+            taken, sizes = spread(heard, sizes)
+        table = plan_table(sizes, costs[taken], np.arange(len(taken)), settings.microbatch_tokens)
+        return {"costs": costs, "taken": taken, **vars(table)}
+
+    @lru_cache(maxsize=2)
+    def plan_of(epoch: int) -> EpochPlan:
+        if len(corpus) < SHARED_UTTERANCES:
+            found = arrays(epoch)
+        else:
+            facts = [data_identity(config, split), repr(split.cost_settings), epoch]
+            key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+            found = shared_arrays("epoch", key, lambda: arrays(epoch))
+        table = PlanTable(found["bounds"], found["rows"], found["counts"])
+        return EpochPlan(found["costs"], found["taken"], table, settings, epoch)
+
+    return plan_of
+
+
+def train_loader(
+    config: Config,
+    split: Split,
+    text: TextSide,
+    plan_of: Callable[[int], EpochPlan],
+    *,
+    rank: int,
+    world: int,
+) -> TrainLoader:
+    """The endless steps of a rank. Raises DataError where noises or responses are missing."""
+    augmentation = config.data.augmentation
+    of_shard = split.mixture.of_shard if split.mixture is not None else ()
+    return TrainLoader(
+        split.store,
+        text.prompter,
+        text.audio_tokens,
+        text.pad_id,
+        plan_of,
+        rank=rank,
+        world=world,
+        num_workers=config.data.num_workers,
+        prefetch=config.data.prefetch,
+        prompters=tuple(text.prompters[name] for name in of_shard),
+        augmenter=Augmenter(augmentation, config.seed) if is_on(augmentation) else None,
+    )
+
+
+def data_identity(config: Config, split: Split) -> dict[str, Any]:
+    """What the order of the data follows from. A run resumes only where all of it is the same."""
+    settings, kept = plan_settings(config), len(split.selection.kept)
+    speed = config.data.augmentation.speed
+    about: dict[str, Any] = {
+        "data": {
+            "train": list(config.data.training_shards),
+            "utterances": kept,
+            "hash": f"{split.corpus.fingerprint}:{kept}",
+        },
+        "data order": ORDER,
+        "seed": settings.seed,
+        "data.microbatch_tokens": settings.microbatch_tokens,
+        "data.microbatches_per_step": settings.microbatches_per_step,
+        "data.window": settings.window,
+        "data.characters_per_token": config.data.characters_per_token,
+    }
+    if speed.probability:
+        about["data.augmentation.speed"] = speed.model_dump(mode="json")
+    if split.mixture is not None:
+        prompts = {name: part.prompt for name, part in config.data.mixture.items()}
+        takes = {
+            part.name: {
+                "utterances": len(part.kept),
+                "per epoch": part.per_epoch,
+                "prompt": prompts[part.name].model_dump(mode="json"),
+            }
+            for part in split.mixture.parts
+        }
+        facts = json.dumps([takes, split.mixture.of_shard], sort_keys=True)
+        about["data.mixture"] = {**takes, "hash": hashlib.sha256(facts.encode()).hexdigest()}
+    return about
+
+
+def in_words(split: Split) -> list[str]:
+    """One line for each data set of a mixture."""
+    if split.mixture is None:
+        return []
+    lines = []
+    for part in split.mixture.parts:
+        shards = split.mixture.of_shard.count(part.name)
+        hours = split.corpus.durations[part.kept].sum() / 3600
+        times = part.per_epoch / len(part.kept)
+        lines.append(
+            f"{part.name}: {shards} shards, {len(part.kept)} utterances, {hours:.2f} h; "
+            f"an epoch takes {part.per_epoch} ({times:.2f} times)"
+        )
+    return lines
