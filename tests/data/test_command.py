@@ -93,4 +93,4 @@ def test_a_cached_command_runs_once(tmp_path: Path) -> None:
     assert len(list(cache.iterdir())) == 2
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--command-cache .*cannot be written"):
-        cached_output(command, 60, str(tmp_path / "file"))
+        cached_output(command, 60, str(tmp_path / "file"), str(tmp_path))
