@@ -30,10 +30,11 @@ def kinds(annotation: Any) -> dict[str | None, type[Section]]:
 
 def named(annotation: Any) -> type[Section] | None:
     """The class of the sections that a field holds by names of the user's own; None elsewhere."""
-    if get_origin(annotation) is dict:
-        (cls,) = kinds(get_args(annotation)[1]).values()
-        return cls
-    return None
+    if get_origin(annotation) is not dict:
+        return None
+    classes = list(kinds(get_args(annotation)[1]).values())
+    assert len(classes) <= 1, f"{annotation}: sections by name are all of one kind"
+    return classes[0] if classes else None
 
 
 def children(section: type[Section]) -> dict[str, dict[str | None, type[Section]]]:
