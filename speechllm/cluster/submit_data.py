@@ -26,10 +26,14 @@ MAKE_SHARDS = REPOSITORY / "tools" / "make_shards.py"
 def add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "shard",
-        help="make shards from a manifest by an array job, then check that none is missing",
+        help="make shards by an array job, then check that none is missing",
         epilog="further options go to tools/make_shards.py, as in --shard-size 100MB --reencode",
     )
-    parser.add_argument("manifest", metavar="MANIFEST", help="JSONL file")
+    parser.add_argument("manifest", metavar="MANIFEST", nargs="?", help="JSONL file")
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="KIND:PATH[,key=value...]",
+        help="a corpus of another kind, see docs/sources.md; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the shards")
     parser.add_argument("--tasks", type=int, required=True, metavar="N", help="of the array")
     add_job_options(parser)
@@ -61,21 +65,33 @@ def shard(options: argparse.Namespace) -> int:
 
 
 def shard_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
-    """The array, and the job that is held on it and checks that every shard is there.
+    """The job that looks at the whole corpus once, the array that is held on it, and the job that
+    is held on that and checks that every shard is there.
 
     options.passed: what make_shards.py gets besides.
     """
     if options.tasks < 1:
         raise ConfigError("--tasks must be 1 or more")
-    if not os.path.isfile(options.manifest):
+    if options.manifest is None and not options.source:
+        raise ConfigError("no corpus is given: say MANIFEST.jsonl or --source KIND:PATH")
+    if options.manifest is not None and not os.path.isfile(options.manifest):
         raise ConfigError(f"{options.manifest}: no such file")
+    manifest = [] if options.manifest is None else [os.path.abspath(options.manifest)]
+    sources = [word for source in options.source for word in ("--source", source)]
     out = os.path.abspath(options.out)
     own = {"--num-workers": str(site.cpus.slots)}
     given = [
         word for name, value in own.items() if name not in options.passed for word in (name, value)
     ]
-    same = (str(MAKE_SHARDS), os.path.abspath(options.manifest), "--out", out)
+    same = (str(MAKE_SHARDS), *manifest, *sources, "--out", out)
     name = checked_name(options, f"shard_{Path(out).name}")
+    plan = make_job(
+        site,
+        name=f"{name}_plan",
+        kind="shard",
+        run_dir=out,
+        arguments=(*same, *given, *options.passed, "--plan-only"),
+    )
     array = make_job(
         site,
         name=name,
@@ -91,7 +107,7 @@ def shard_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
         run_dir=out,
         arguments=(*same, *options.passed, "--check-complete"),
     )
-    return [array, check]
+    return [plan, array, check]
 
 
 def generate(options: argparse.Namespace) -> int:

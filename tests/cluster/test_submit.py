@@ -232,9 +232,12 @@ def test_shard(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
         "--shard-size", "10MB", "--json",
     )  # fmt: skip
     assert code == 0, err
-    array, check = (read_job(Path(one["folder"], "job.json")) for one in json.loads(out))
-    assert (array.tasks, check.tasks, array.is_launched) == (3, 0, False)
-    assert grid.calls("qsub")[1][-3:-1] == ["-hold_jid", "11"]
+    plan, array, check = (read_job(Path(one["folder"], "job.json")) for one in json.loads(out))
+    assert (plan.tasks, array.tasks, check.tasks, array.is_launched) == (0, 3, 0, False)
+    held = [call[-3:-1] for call in grid.calls("qsub")[1:]]
+    assert [words[0] for words in held] == ["-hold_jid"] * 2
+    assert held[0] != held[1]
+    assert make_shards.parse_arguments(plan.after_python[1:]).plan_only
     for number in (1, 2, 3):
         tool, *arguments = array.for_task(number).after_python
         options = make_shards.parse_arguments(arguments)
@@ -246,8 +249,22 @@ def test_shard(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
     assert options.check_complete
     assert make_shards.share_of(options) is None
     assert options.shard_size == 10**7
-    code, _, err = submit("shard", "no.jsonl", "--out", "d", "--tasks", "3", "--site", "but")
+    same = ("--out", "d", "--tasks", "3", "--site", "but")
+    code, _, err = submit("shard", "no.jsonl", *same)
     assert (code, "no.jsonl: no such file" in err) == (2, True)
+    code, _, err = submit("shard", *same)
+    assert (code, "no corpus is given" in err) == (2, True)
+
+
+def test_shard_of_other_corpora(submit: Submit, grid: FakeGrid) -> None:
+    sources = ["--source", "kaldi:data/train", "--source", "librispeech:/corpora/L,prefix=l-"]
+    code, out, err = submit(
+        "shard", *sources, "--out", "d", "--tasks", "2", "--site", "sge_pe", "--json"
+    )
+    assert code == 0, err
+    for one in json.loads(out):
+        words = read_job(Path(one["folder"], "job.json")).after_python
+        assert list(words[1:5]) == sources
 
 
 def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
