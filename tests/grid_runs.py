@@ -21,6 +21,7 @@ from speechllm.checkpoint import find_checkpoint
 
 SUBMIT = ROOT / "cluster" / "submit.py"
 STEPS = 30
+PYTHON = ("env", "OMP_NUM_THREADS=1", sys.executable)
 WHOLE_HOST = ("--gpus-per-node", "2", "--procs-per-node", "1")
 
 
@@ -109,6 +110,10 @@ def _send(pids: Sequence[int], number: signal.Signals) -> None:
             os.kill(pid, number)
         except ProcessLookupError:
             continue
+
+
+def text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def printed(run_dir: Path) -> str:

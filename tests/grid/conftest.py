@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from grid_cluster import Grid, cluster, why_not
+from grid_runs import PYTHON, STEPS, overrides, text
+from runs import TINY, metrics
+from speech_files import write_shards
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +18,26 @@ def grid() -> Iterator[Grid]:
         pytest.skip(reason)
     with cluster() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def grid_shards(grid: Grid) -> Path:
+    return write_shards(grid.work / "shards", 48, num_shards=2)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(grid: Grid, grid_shards: Path) -> Path:
+    """The run that every other one must equal: one process, by hand."""
+    run_dir = grid.work / "undisturbed"
+    settings = [f"run_dir={run_dir}", *overrides(grid_shards)]
+    began = time.monotonic()
+    grid.on("node1", *PYTHON, "-m", "speechllm", "train", TINY, *settings)
+    (run_dir / "seconds").write_text(str(time.monotonic() - began))
+    assert len(metrics(run_dir)) == STEPS
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def seconds_of_a_run(undisturbed: Path) -> float:
+    """How long such a run takes on this machine, as busy as it is now."""
+    return float(text(undisturbed / "seconds"))

@@ -1,69 +1,31 @@
-"""Jobs on a real Grid Engine of three hosts.
-
-All in this one file, so that pytest-xdist gives them to one process and they share one cluster.
-"""
+"""Jobs on a real Grid Engine of three hosts, to which nothing happens."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from grid_cluster import ROOT, Grid, eventually
 from grid_runs import (
-    STEPS,
+    PYTHON,
     WHOLE_HOST,
     assert_close_weights,
     assert_same_curve,
-    command,
-    overrides,
     printed,
     submit,
     submit_training,
+    text,
 )
-from runs import TINY, assert_same_run, metrics
-from speech_files import write_corpus, write_shards
+from speech_files import write_corpus
 
-from speechllm.checkpoint import find_checkpoint
 from speechllm.cluster.job import Job, Variant
 from speechllm.cluster.profile import load_profile
 from speechllm.cluster.submission import write_folder
 
 pytestmark = pytest.mark.grid
-PYTHON = ("env", "OMP_NUM_THREADS=1", sys.executable)
-
-
-def text(path: Path) -> str:
-    return path.read_text() if path.is_file() else ""
-
-
-@pytest.fixture(scope="module")
-def shards(grid: Grid) -> Path:
-    return write_shards(grid.work / "shards", 48, num_shards=2)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(grid: Grid, shards: Path) -> Path:
-    """The run that every other one must equal: one process, by hand."""
-    run_dir = grid.work / "undisturbed"
-    settings = [f"run_dir={run_dir}", *overrides(shards)]
-    began = time.monotonic()
-    grid.on("node1", *PYTHON, "-m", "speechllm", "train", TINY, *settings)
-    (run_dir / "seconds").write_text(str(time.monotonic() - began))
-    assert len(metrics(run_dir)) == STEPS
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def seconds_of_a_run(undisturbed: Path) -> float:
-    """How long such a run takes on this machine, as busy as it is now."""
-    return float(text(undisturbed / "seconds"))
 
 
 # The cluster itself: what the node runner builds upon.
@@ -126,10 +88,10 @@ def test_shards_of_an_array_are_those_of_one_process(grid: Grid) -> None:
     manifest = write_corpus(grid.work / "corpus", 40)
     make = [manifest, "--shard-size", "100KB"]
     grid.on("node1", *PYTHON, ROOT / "tools" / "make_shards.py", *make, "--out", "one")
-    ids = submit(grid, "shard", *make, "--out", grid.work / "many", "--tasks", 4)
-    grid.wait_until_gone(ids[-1])
-    assert grid.exit_codes(ids[-1]) == [0]
-    assert grid.exit_codes(ids[0], 4) == [0] * 4
+    plan, array, check = submit(grid, "shard", *make, "--out", grid.work / "many", "--tasks", 4)
+    grid.wait_until_gone(check)
+    assert grid.exit_codes(plan) == grid.exit_codes(check) == [0]
+    assert grid.exit_codes(array, 4) == [0] * 4
     one, many = (
         {file.name: file.read_bytes() for file in (grid.work / out).iterdir() if file.is_file()}
         for out in ("one", "many")
@@ -150,10 +112,10 @@ def test_shards_of_an_array_are_those_of_one_process(grid: Grid) -> None:
     ids=["array", "pe", "pe-deepspeed"],
 )
 def test_two_hosts_train_like_one_process(
-    grid: Grid, shards: Path, undisturbed: Path, options: tuple[str, ...], request
+    grid: Grid, grid_shards: Path, undisturbed: Path, options: tuple[str, ...], request
 ) -> None:
     job = submit_training(
-        grid, shards, request.node.callspec.id, "--nodes", 2, *WHOLE_HOST, *options
+        grid, grid_shards, request.node.callspec.id, "--nodes", 2, *WHOLE_HOST, *options
     )
     job.wait_until_gone()
     assert job.row()["state"] == "done", job.log()
@@ -164,82 +126,9 @@ def test_two_hosts_train_like_one_process(
     assert json.loads(text(job.run_dir / "status.json"))["world_size"] == 2
 
 
-def test_a_run_that_its_soft_limit_ends_goes_on_elsewhere(
-    grid: Grid, shards: Path, undisturbed: Path, seconds_of_a_run: float
-) -> None:
-    # Long enough for the second start: Grid Engine lets a job meet its limit only once.
-    limit = round(max(20.0, 2.5 * seconds_of_a_run))
-    job = submit_training(grid, shards, "limited", "--with", f"requests.s_rt=0:0:{limit}")
-    with job.held_after(5):
-        last = job.starts()[-1]
-        host = last["hosts"][0]
-        grid.on_master("qmod", "-d", f"*@{host}")
-        eventually(lambda: time.time() > last["time"] + limit + 2, "the limit")
-    job.wait_until_gone()
-    grid.on_master("qmod", "-e", f"*@{host}")
-    assert job.starts()[-1]["hosts"] != [host], job.log()
-    assert "SIGUSR1" in job.log()
-    assert metrics(job.run_dir) == metrics(undisturbed), job.log()
-    assert_same_run(job.run_dir, undisturbed)
-
-
-def test_rescheduling_under_way_loses_nothing(grid: Grid, shards: Path, undisturbed: Path) -> None:
-    job = submit_training(grid, shards, "rescheduled")
-    with job.held_after(5):
-        grid.on_master("qmod", "-rj", job.id)
-        grid.wait_for(job.id, "Rr")
-        lease_holders = text(job.run_dir / "status.json")
-    job.wait_until_gone()
-    assert json.loads(lease_holders)["state"] == "running"
-    assert len(job.starts()) == 2, job.log()
-    assert metrics(job.run_dir) == metrics(undisturbed), job.log()
-    assert_same_run(job.run_dir, undisturbed)
-
-
-BETTER = "touch runs; until [ -e leave ]; do sleep 0.2; done"
-
-
-def test_a_better_queue_takes_the_host_and_the_run_goes_on_elsewhere(
-    grid: Grid, shards: Path, undisturbed: Path
-) -> None:
-    job = submit_training(grid, shards, "preempted", "--with", "checkpoint=migr")
-    with job.held_after(5):
-        [host] = grid.hosts_of(job.id)
-        folder = grid.folder("better")
-        better = grid.qsub(folder, BETTER, "-q", f"high.q@{host}")
-        eventually(lambda: (folder / "runs").exists(), "the better job's start")
-    job.wait_until_gone()
-    (folder / "leave").touch()
-    grid.wait_until_gone(better)
-    first, second = (start["hosts"][0] for start in job.starts())
-    assert first == host != second, job.log()
-    assert metrics(job.run_dir) == metrics(undisturbed), job.log()
-    assert_same_run(job.run_dir, undisturbed)
-
-
-def test_a_host_dies_and_the_group_meets_again_on_the_third(
-    grid: Grid, shards: Path, undisturbed: Path
-) -> None:
-    job = submit_training(grid, shards, "bereaved", "--nodes", 2, *WHOLE_HOST)
-    with job.held_after(12):
-        victim = job.starts()[0]["hosts"][1]
-        # Otherwise the master tries to start things there until it misses the host.
-        grid.on_master("qmod", "-d", f"*@{victim}")
-        grid.script("kill-host", victim)
-    try:
-        job.wait_until_gone()
-    finally:
-        grid.start()
-        grid.on_master("qmod", "-e", f"*@{victim}")
-    assert job.row()["state"] == "done", job.log()
-    assert victim not in job.starts()[-1]["hosts"]
-    assert len(set(job.starts()[-1]["hosts"])) == 2
-    assert_same_curve(job.run_dir, undisturbed)
-
-
-def test_too_few_hosts_are_given_up_with_a_reason(grid: Grid, shards: Path) -> None:
+def test_too_few_hosts_are_given_up_with_a_reason(grid: Grid, grid_shards: Path) -> None:
     patience = ["--with", "meeting.timeout=3", "--with", "meeting.attempts=2"]
-    job = submit_training(grid, shards, "lonely", "--nodes", 4, *WHOLE_HOST, *patience)
+    job = submit_training(grid, grid_shards, "lonely", "--nodes", 4, *WHOLE_HOST, *patience)
     eventually(lambda: any("E" in state for state, _ in grid.states(job.id).values()), job.log)
     row = job.row()
     assert row["state"] == "error"
@@ -286,41 +175,12 @@ def test_six_jobs_at_a_time_claim_six_gpus(grid: Grid) -> None:
     ]
 
 
-def test_a_chain_goes_on_where_a_link_breaks(grid: Grid, shards: Path, undisturbed: Path) -> None:
-    job = submit_training(grid, shards, "chained", "--chain", 3)
-    assert len(job.ids) == 3
-    with job.held_after(12) as trainers:
-        assert set(grid.states(job.ids[1]).values()) == {("hqw", "")}
-        for pid in trainers:
-            os.kill(pid, signal.SIGKILL)
-    job.wait_until_gone()
-    codes = [grid.exit_codes(number) for number in job.ids]
-    assert codes[0] != [0], job.log()
-    assert codes[1:] == [[0], [0]], job.log()
-    assert metrics(job.run_dir) == metrics(undisturbed), job.log()
-    assert_same_run(job.run_dir, undisturbed)
-
-
-def test_cancelling_saves(grid: Grid, shards: Path, undisturbed: Path) -> None:
-    job = submit_training(grid, shards, "cancelled")
-    with job.held_after(5):
-        asked = Thread(target=command, args=(grid, "cancel", job.run_dir))
-        asked.start()
-        eventually(lambda: any((job.run_dir / "cluster").glob("*/cancel")), "the wish")
-    asked.join()
-    job.wait_until_gone()
-    assert job.row()["state"] == "cancelled", job.log()
-    done = int(find_checkpoint(job.run_dir, prefer="last").name.rpartition("_")[2])
-    assert 5 <= done < STEPS
-    assert metrics(job.run_dir) == metrics(undisturbed)[:done]
-
-
 def test_decoding_in_parts_scores_like_one_process(
-    grid: Grid, shards: Path, undisturbed: Path
+    grid: Grid, grid_shards: Path, undisturbed: Path
 ) -> None:
     alone = grid.work / "alone"
     grid.on("head", "cp", "-r", undisturbed, alone)
-    split = f"test={shards}"
+    split = f"test={grid_shards}"
     one = ["-m", "speechllm", "generate", alone, "--split", split]
     grid.on("node1", *PYTHON, *one)
     ids = submit(grid, "generate", undisturbed, "--split", split, "--parts", 2)
