@@ -40,7 +40,7 @@ from speechllm.data.sources.utterance import (
 from speechllm.errors import AudioError, DataError
 
 _SPHERE_HEADER = 1024
-_RIFF_HEADER = 12
+_ARK_HEADER = 14  # RIFF, size, WAVE; or AUDIO, 1 byte, at most 8 bytes
 # What programs write into a RIFF header when they do not know the size yet.
 _LARGEST_RIFF = 0x7FFF0000
 _OPEN_TABLES = 8
@@ -88,7 +88,8 @@ def read_audio(utterance: SourceUtterance, access: Access) -> tuple[bytes, str]:
     match utterance.audio:
         case SliceAudio(path, offset, size, extension):
             full = full_path(path, utterance, access)
-            return _read_slice(full, offset, size), extension
+            data = _read_slice(full, offset, size)
+            return data, extension or sniff(data)
         case RowAudio(path, row, column, extension):
             data = _read_row(full_path(path, utterance, access), row, column)
             return data, extension or sniff(data)
@@ -210,20 +211,31 @@ def _read_slice(path: str, offset: int, size: int | None) -> bytes:
 
 
 def _whole(path: str, offset: int, size: int | None, read: Callable[[int], bytes]) -> bytes:
+    """read(n): n bytes from the offset, fewer where the file ends."""
     where = f"{path} at byte {offset}"
+    skipped = 0
     if size is None:
-        header = read(_RIFF_HEADER)
-        if len(header) < _RIFF_HEADER:
-            raise AudioError(f"undecodable: {where}: the file ends there")
-        if header[:4] != b"RIFF" or header[8:] != b"WAVE":
-            raise AudioError(f"undecodable: {where}: no RIFF header, so no wav file starts there")
-        size = 8 + struct.unpack("<I", header[4:8])[0]
-        if size == 8 or size >= _LARGEST_RIFF:
-            raise AudioError(f"undecodable: {where}: the RIFF header does not tell the length")
-    data = read(size)
+        skipped, size = _told_size(read(_ARK_HEADER), where)
+    data = read(skipped + size)[skipped:]
     if len(data) != size:
         raise AudioError(f"undecodable: {where}: {len(data)} of {size} bytes, the file is cut off")
     return data
+
+
+def _told_size(header: bytes, where: str) -> tuple[int, int]:
+    """Bytes before the audio file that starts here, and its size: a wav file tells it itself, for
+    others kaldiio writes `AUDIO`, the number of bytes of a number, and that number."""
+    if len(header) < _ARK_HEADER:
+        raise AudioError(f"undecodable: {where}: the file ends there")
+    if header.startswith(b"AUDIO"):
+        end = 6 + header[5]
+        return end, int.from_bytes(header[6:end], "little")
+    if header[:4] != b"RIFF" or header[8:12] != b"WAVE":
+        raise AudioError(f"undecodable: {where}: no RIFF header, so no wav file starts there")
+    size = 8 + struct.unpack("<I", header[4:8])[0]
+    if size == 8 or size >= _LARGEST_RIFF:
+        raise AudioError(f"undecodable: {where}: the RIFF header does not tell the length")
+    return 0, size
 
 
 def _read_row(path: str, row: int, column: str) -> bytes:

@@ -203,7 +203,7 @@ def _recording(line: bytes, where: str, spec: Spec, options: SourceOptions) -> _
     if rest == "-" or rest.endswith("]"):
         raise DataError(f"{where}: {rest}: neither standard input nor ranges of rows can be read")
     if match := _ARK.fullmatch(rest):
-        return _Recording(name, SliceAudio(match[1], int(match[2]), None, "wav"), None)
+        return _Recording(name, SliceAudio(match[1], int(match[2]), None, ""), None)
     return _Recording(name, FileAudio(rest), None)
 
 

@@ -17,8 +17,8 @@ class FileAudio:
 
 @dataclass(frozen=True)
 class SliceAudio:
-    """The bytes of an audio file inside another file. size: None where the RIFF header there tells
-    it. extension: what the bytes are, without the dot."""
+    """The bytes of an audio file inside another file. size: None in an archive of Kaldi's, where a
+    header tells it. extension: what the bytes are, without the dot; empty where they tell."""
 
     path: str
     offset: int
