@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
-from speechllm.types import IGNORE, AudioSegment, Batch, Example, SpecMasks
+from speechllm.types import IGNORE, AudioSegment, Batch, Example, Segment, SpecMasks
 
 
 def collate(
@@ -32,35 +33,55 @@ def collate(
         pad_left: padding goes before the examples, as generation needs it.
     """
     segments = [s for e in examples for s in e.segments if isinstance(s, AudioSegment)]
-    audio = [segment.samples for segment in segments]
-    lengths = [len(samples) for samples in audio]
-    audio_AN = torch.zeros(len(audio), max(lengths, default=0), dtype=torch.int16)
-    for row_N, samples in zip(audio_AN, audio, strict=True):
-        row_N[: len(samples)] = torch.from_numpy(samples)
+    lengths = [len(segment.samples) for segment in segments]
+    audio_AN = _zeros_to_send(len(segments), max(lengths, default=0))
+    rows_AN = audio_AN.numpy()
+    for a, segment in enumerate(segments):
+        rows_AN[a, : lengths[a]] = segment.samples
 
-    rows = [_row(example, audio_tokens, pad_id) for example in examples]
-    shape = (len(rows), max(len(tokens) for tokens, _, _ in rows))
-    tokens_BS = torch.full(shape, pad_id, dtype=torch.int64)
-    audio_mask_BS = torch.zeros(shape, dtype=torch.bool)
-    attention_mask_BS = torch.zeros(shape, dtype=torch.int64)
-    labels_BS = torch.full(shape, IGNORE, dtype=torch.int64)
-    for b, (tokens, is_audio, labels) in enumerate(rows):
-        start = shape[1] - len(tokens) if pad_left else 0
-        place = slice(start, start + len(tokens))
-        tokens_BS[b, place] = torch.tensor(tokens)
-        audio_mask_BS[b, place] = torch.tensor(is_audio)
-        attention_mask_BS[b, place] = 1
-        labels_BS[b, place] = torch.tensor(labels)
+    counts = [[_positions(s, audio_tokens) for s in example.segments] for example in examples]
+    shape = (len(examples), max(sum(of_row) for of_row in counts))
+    tokens_BS = np.full(shape, pad_id, dtype=np.int64)
+    audio_mask_BS = np.zeros(shape, dtype=bool)
+    attention_mask_BS = np.zeros(shape, dtype=np.int64)
+    labels_BS = np.full(shape, IGNORE, dtype=np.int64)
+    for b, example in enumerate(examples):
+        end = shape[1] - sum(counts[b]) if pad_left else 0
+        attention_mask_BS[b, end : end + sum(counts[b])] = 1
+        for part, count in zip(example.segments, counts[b], strict=True):
+            place = slice(end, end + count)
+            end += count
+            if isinstance(part, AudioSegment):
+                audio_mask_BS[b, place] = True
+                continue
+            tokens_BS[b, place] = part.tokens
+            if part.trained:
+                labels_BS[b, place] = part.tokens
     return Batch(
         keys=[example.key for example in examples],
         audio_AN=audio_AN,
         audio_lengths_A=torch.tensor(lengths, dtype=torch.int64),
-        tokens_BS=tokens_BS,
-        audio_mask_BS=audio_mask_BS,
-        attention_mask_BS=attention_mask_BS,
-        labels_BS=labels_BS,
+        tokens_BS=torch.from_numpy(tokens_BS),
+        audio_mask_BS=torch.from_numpy(audio_mask_BS),
+        attention_mask_BS=torch.from_numpy(attention_mask_BS),
+        labels_BS=torch.from_numpy(labels_BS),
         masks=_stacked([segment.masks for segment in segments]),
     )
+
+
+def _zeros_to_send(rows: int, columns: int) -> torch.Tensor:
+    """int16 [rows, columns]. In a worker process in the memory through which tensors are sent
+    anyway, as torch's own collate function has it, so that it is not copied there once more."""
+    if get_worker_info() is None or not rows * columns:
+        return torch.zeros(rows, columns, dtype=torch.int16)
+    storage = torch.UntypedStorage._new_shared(2 * rows * columns)
+    return torch.empty(0, dtype=torch.int16).set_(storage, 0, (rows, columns))
+
+
+def _positions(segment: Segment, audio_tokens: Callable[[int], int]) -> int:
+    if isinstance(segment, AudioSegment):
+        return int(audio_tokens(len(segment.samples)))
+    return len(segment.tokens)
 
 
 def _stacked(masks: Sequence[SpecMasks | None]) -> SpecMasks | None:
@@ -77,23 +98,3 @@ def _stacked(masks: Sequence[SpecMasks | None]) -> SpecMasks | None:
                 row_G2[: len(m[field])] = m[field]
         stacks.append(torch.from_numpy(stack_AG2))
     return SpecMasks(*stacks)
-
-
-def _row(
-    example: Example, audio_tokens: Callable[[int], int], pad_id: int
-) -> tuple[list[int], list[bool], list[int]]:
-    """Token, whether it is audio, and label of each position of one example."""
-    tokens: list[int] = []
-    is_audio: list[bool] = []
-    labels: list[int] = []
-    for segment in example.segments:
-        if isinstance(segment, AudioSegment):
-            count = int(audio_tokens(len(segment.samples)))
-            tokens += [pad_id] * count
-            labels += [IGNORE] * count
-        else:
-            count = len(segment.tokens)
-            tokens += segment.tokens
-            labels += segment.tokens if segment.trained else [IGNORE] * count
-        is_audio += [isinstance(segment, AudioSegment)] * count
-    return tokens, is_audio, labels

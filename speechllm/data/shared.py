@@ -85,8 +85,9 @@ def _load(entry: Path) -> Arrays:
     os.utime(entry)
     arrays = {}
     for file in sorted(entry.glob("*.npy")):
-        mode = "r" if file.stat().st_size > _MAPPED_BYTES else None
-        arrays[file.stem] = np.asarray(np.load(file, mmap_mode=mode, allow_pickle=False))
+        large = file.stat().st_size > _MAPPED_BYTES
+        array = np.load(file, mmap_mode="r" if large else None, allow_pickle=False)
+        arrays[file.stem] = np.asarray(array)
     return arrays
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from speechllm.data.audio import decode_audio
@@ -36,8 +36,9 @@ class Store:
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.corpus,)
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        for descriptor in self._files.values():  # at exit this module has no names any more
+            close(descriptor)
 
     def close(self) -> None:
         """Close the files kept open. Reading opens them again."""
@@ -127,9 +128,12 @@ class Store:
 
 
 def _ranges(place: Location) -> list[tuple[int, int]]:
-    """(offset, size) of what is read at once: audio and metadata, or both with what is between."""
+    """(offset, size) of what is read at once: audio and metadata, or, where reading takes a round
+    trip, both with what is between."""
     audio = place.audio_offset, place.audio_size
     metadata = place.meta_offset, place.meta_size
+    if local_path(place.shard) is not None:
+        return [audio, metadata]
     first, last = min(audio, metadata), max(audio, metadata)
     both = sum(last) - first[0]
     return [(first[0], both)] if both <= audio[1] + metadata[1] + _GAP else [audio, metadata]
