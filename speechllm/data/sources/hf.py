@@ -54,23 +54,24 @@ def open_hf(spec: Spec) -> Source:
 
 
 def _split_files(spec: Spec, split: str | None) -> list[str]:
-    splits = _json(os.path.join(spec.path, "dataset_dict.json")).get("splits", [])
+    splits = _json(os.path.join(spec.path, "dataset_dict.json")).get("splits")
+    if not isinstance(splits, list) or not all(isinstance(one, str) for one in splits):
+        raise DataError(f"{spec.path}: dataset_dict.json names no splits; save the dataset again")
     if split is None or split not in splits:
         what = "no split is chosen" if split is None else f"has no split {split}"
         raise DataError(
-            f"{spec.path}: {what}; it has {', '.join(splits)}: add e.g. split={splits[0]}"
-            if splits
-            else f"{spec.path}: dataset_dict.json names no splits"
+            f"{spec.path}: {what}; it has {', '.join(splits)}: choose one with split=NAME"
         )
     return _saved_files(os.path.join(spec.path, split))
 
 
 def _saved_files(folder: str) -> list[str]:
-    state = _json(os.path.join(folder, "state.json"))
-    files = [os.path.join(folder, one["filename"]) for one in state.get("_data_files", [])]
-    if not files:
+    told = _json(os.path.join(folder, "state.json")).get("_data_files")
+    told = told if isinstance(told, list) else []
+    names = [one.get("filename") for one in told if isinstance(one, dict)]
+    if not names or not all(isinstance(name, str) for name in names):
         raise DataError(f"{folder}: state.json names no Arrow files; save the dataset again")
-    return files
+    return [os.path.join(folder, str(name)) for name in names]
 
 
 def _json(path: str) -> dict[str, Any]:
