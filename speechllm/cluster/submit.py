@@ -65,7 +65,7 @@ def _place_rest(
     parser: argparse.ArgumentParser, options: argparse.Namespace, rest: list[str]
 ) -> None:
     """argparse takes no `a.b=value` behind an option; `shard` hands unknown options on."""
-    if hasattr(options, "manifest"):
+    if hasattr(options, "source"):
         options.passed = rest
     elif hasattr(options, "overrides") and all("=" in r and not r.startswith("-") for r in rest):
         options.overrides = [*options.overrides, *rest]

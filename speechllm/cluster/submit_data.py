@@ -27,9 +27,10 @@ def add_shard(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser = commands.add_parser(
         "shard",
         help="make shards by an array job, then check that none is missing",
-        epilog="further options go to tools/make_shards.py, as in --shard-size 100MB --reencode",
+        usage="%(prog)s [MANIFEST] [--source KIND:PATH ...] --out DIR --tasks N [option ...]",
+        epilog="MANIFEST (a JSONL file, as the first word) and further options go to "
+        "tools/make_shards.py, as in --shard-size 100MB --reencode",
     )
-    parser.add_argument("manifest", metavar="MANIFEST", nargs="?", help="JSONL file")
     parser.add_argument(
         "--source", action="append", default=[], metavar="KIND:PATH[,key=value...]",
         help="a corpus of another kind, see docs/sources.md; may be given several times",
@@ -72,32 +73,32 @@ def shard_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
     """
     if options.tasks < 1:
         raise ConfigError("--tasks must be 1 or more")
-    if options.manifest is None and not options.source:
+    manifest = [word for word in options.passed[:1] if not word.startswith("-")]
+    if not manifest and not options.source:
         raise ConfigError("no corpus is given: say MANIFEST.jsonl or --source KIND:PATH")
-    if options.manifest is not None and not os.path.isfile(options.manifest):
-        raise ConfigError(f"{options.manifest}: no such file")
-    manifest = [] if options.manifest is None else [os.path.abspath(options.manifest)]
+    if manifest and not os.path.isfile(manifest[0]):
+        raise ConfigError(f"{manifest[0]}: no such file")
     sources = [word for source in options.source for word in ("--source", source)]
     out = os.path.abspath(options.out)
     own = {"--num-workers": str(site.cpus.slots)}
     given = [
         word for name, value in own.items() if name not in options.passed for word in (name, value)
     ]
-    same = (str(MAKE_SHARDS), *manifest, *sources, "--out", out)
+    same = (str(MAKE_SHARDS), *options.passed, *sources, "--out", out)
     name = checked_name(options, f"shard_{Path(out).name}")
     plan = make_job(
         site,
         name=f"{name}_plan",
         kind="shard",
         run_dir=out,
-        arguments=(*same, *given, *options.passed, "--plan-only"),
+        arguments=(*same, *given, "--plan-only"),
     )
     array = make_job(
         site,
         name=name,
         kind="shard",
         run_dir=out,
-        arguments=(*same, *given, *options.passed, "--num-tasks", str(options.tasks)),
+        arguments=(*same, *given, "--num-tasks", str(options.tasks)),
         variants=tuple(Variant(arguments=("--task", str(k))) for k in _numbers(options.tasks)),
     )
     check = make_job(
@@ -105,7 +106,7 @@ def shard_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
         name=f"{name}_check",
         kind="shard",
         run_dir=out,
-        arguments=(*same, *options.passed, "--check-complete"),
+        arguments=(*same, "--check-complete"),
     )
     return [plan, array, check]
 

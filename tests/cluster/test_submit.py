@@ -259,12 +259,15 @@ def test_shard(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
 def test_shard_of_other_corpora(submit: Submit, grid: FakeGrid) -> None:
     sources = ["--source", "kaldi:data/train", "--source", "librispeech:/corpora/L,prefix=l-"]
     code, out, err = submit(
-        "shard", *sources, "--out", "d", "--tasks", "2", "--site", "sge_pe", "--json"
-    )
+        "shard", *sources, "--normalise", "lowercase", "--out", "d", "--tasks", "2",
+        "--site", "sge_pe", "--json",
+    )  # fmt: skip
     assert code == 0, err
     for one in json.loads(out):
-        words = read_job(Path(one["folder"], "job.json")).after_python
-        assert list(words[1:5]) == sources
+        words = read_job(Path(one["folder"], "job.json")).for_task(1).after_python
+        options = make_shards.parse_arguments(words[1:])
+        assert options.source == sources[1::2]
+        assert (options.manifest, options.normalise) == (None, ("lowercase",))
 
 
 def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
