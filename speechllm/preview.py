@@ -68,6 +68,11 @@ def write_preview(config: Config, store: Store, kept: np.ndarray, directory: Pat
                 "files": _write(folder, name, augmented, masks),
                 "drawn": augmenter.describe(augmenter.choice(utterance.key, 0)),
             }
+            if masks is not None:
+                files[name]["drawn"]["spec"] = {
+                    "seconds": (masks.times_G2 / 100).tolist(),
+                    "parts of the mel axis": masks.bands_H2.round(3).tolist(),
+                }
         drawn = {epoch: real.describe(real.choice(utterance.key, epoch)) for epoch in range(EPOCHS)}
         about = {"folder": folder.name, "key": utterance.key, "text": utterance.text}
         index.append({**about, "examples": files, "epochs": drawn})

@@ -60,6 +60,9 @@ def test_examples_of_everything_that_is_configured(
         assert len(sounds["noise"]) == len(sounds["original"])
         assert (sounds["noise"] != sounds["original"]).any()
         assert set(entry["examples"]["together"]["drawn"]) == {"speed", "noise", "spec"}
+        spans = entry["examples"]["spec"]["drawn"]["spec"]
+        assert len(spans["seconds"]) == len(spans["parts of the mel axis"]) == 2
+        assert np.array(spans["seconds"]).max() <= len(sounds["original"]) / 16_000
         plain, masked = (read_png(folder / f"{name}.png") for name in ("original", "spec"))
         assert plain.shape == masked.shape == (80, 2 * -(-len(sounds["original"]) // 320))
     assert any(entry["epochs"]["0"] != entry["epochs"]["1"] for entry in index)

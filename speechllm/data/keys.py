@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -50,14 +51,16 @@ def hash_keys(keys: pa.Array | pa.ChunkedArray | Sequence[str]) -> np.ndarray:
 
 def uniforms(seed: int, epoch: int, hashes: np.ndarray, streams: Sequence[str]) -> np.ndarray:
     """float64 [U, S] in [0, 1): an independent number for each utterance and each named stream."""
-    salts = np.array([_salt(seed, epoch, stream) for stream in streams], dtype=np.uint64)
+    salts = _salts(seed, epoch, tuple(streams))
     raw = _mix(_mix(hashes[:, None] + salts) ^ salts)
     return (raw >> np.uint64(11)) * 2.0**-53
 
 
-def _salt(seed: int, epoch: int, stream: str) -> int:
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{stream}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+@lru_cache(maxsize=64)
+def _salts(seed: int, epoch: int, streams: tuple[str, ...]) -> np.ndarray:
+    names = (f"{seed}/{epoch}/{stream}".encode() for stream in streams)
+    digests = [hashlib.blake2b(name, digest_size=8).digest() for name in names]
+    return np.array([int.from_bytes(digest, "little") for digest in digests], dtype=np.uint64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
