@@ -47,7 +47,7 @@ def test_bands_are_parts_of_the_mel_axis(bins: int) -> None:
 def test_the_mean_is_the_rows_own() -> None:
     mel_AFM, counts_A = torch.rand(2, 80, 20), torch.tensor([10, 3])
     mel_AFM[1, :, 6:] = 0
-    means = [mel_AFM[0].mean(), mel_AFM[1, :, :6].mean()]
+    means = [float(mel_AFM[0].mean()), float(mel_AFM[1, :, :6].mean())]
     assert mean_of_rows(mel_AFM, counts_A).flatten().tolist() == pytest.approx(means)
 
 
