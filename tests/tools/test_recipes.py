@@ -143,5 +143,5 @@ def test_a_cluster_is_asked_for_the_work_where_that_is_wanted(tmp_path: Path) ->
         OPTIONS="--dry-run",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "--num-tasks" in done.stdout
+    assert "#$ -t 1-3" in done.stdout
     assert not list(tmp_path.glob("out/**/*.tar"))
