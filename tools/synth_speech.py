@@ -50,9 +50,9 @@ class Item:
 
 
 def split_sizes(count: int) -> dict[Split, int]:
-    """Utterances of each split: the test is 5 % but 150 to 200, validation 3 % but 60 to 200, and
-    neither more than a fifth and a tenth of a small corpus."""
-    test = min(max(round(0.05 * count), 150), 200, count // 5)
+    """Utterances of each split: 150 to test, validation 3 % but 60 to 200, and neither more than a
+    fifth and a tenth of a small corpus."""
+    test = min(150, count // 5)
     validation = min(max(round(0.03 * count), 60), 200, count // 10)
     return {"train": count - validation - test, "validation": validation, "test": test}
 

@@ -45,7 +45,7 @@ def transcribe_shards(model_id: str, shards: Path) -> dict[str, str]:
             sampling_rate=SAMPLE_RATE,
             return_tensors="pt",
         ).input_features
-        rows = model.generate(features, max_new_tokens=60, do_sample=False, num_beams=1)
+        rows = model.generate(features, max_new_tokens=30, do_sample=False, num_beams=1)
         texts = processor.batch_decode(rows, skip_special_tokens=True)
         for utterance, text in zip(utterances, texts, strict=True):
             heard[str(utterance.fields.get("id", utterance.key))] = text.strip()

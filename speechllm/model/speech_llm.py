@@ -83,7 +83,8 @@ class SpeechLLM(nn.Module):
     def _ctc(self, batch: Batch) -> LossSums:
         assert self.ctc_head is not None, "built without a CTC head"
         assert len(batch.audio_AN) == len(batch.labels_BS), "CTC wants one audio an example"
-        targets = [row_S[row_S != IGNORE][:-1] for row_S in batch.labels_BS]  # no end token
+        # With the end token: that audio tokens say where the text ends keeps the LLM from going on.
+        targets = [row_S[row_S != IGNORE] for row_S in batch.labels_BS]
         with self.autocast():
             tokens_AKW, counts_A = self.audio_tokens(
                 batch.audio_AN, batch.audio_lengths_A, batch.masks

@@ -18,6 +18,7 @@ from speech_models import (
     tiny_speech_llm,
 )
 
+from speechllm.model.build import build_model
 from speechllm.model.speech_llm import SpeechLLM, position_ids
 from speechllm.types import IGNORE, AudioSegment, Example, TextSegment
 
@@ -239,3 +240,18 @@ def test_encoder_leaves_no_graph_where_it_is_frozen() -> None:
     model.connector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(batch_of(cfg, EXAMPLES)).loss.backward()
     assert not seen[0].requires_grad
+
+
+def test_ctc_aligns_the_end_token_too() -> None:
+    cfg = model_config(connector="mlp")
+    model = build_model(cfg, precision="fp32", device=torch.device("cpu"), seed=1, ctc=True).eval()
+    examples = (asr(noise(16_000, seed=1), (10, 11, 12)), asr(noise(16_000, seed=2), (13,)))
+    assert model.ctc_head is not None
+    batch = batch_of(cfg, examples)
+    with torch.no_grad():
+        tokens_AKW, counts_A = model.audio_tokens(batch.audio_AN, batch.audio_lengths_A)
+        targets = [torch.tensor(ids) for ids in ((10, 11, 12, END), (13, END))]
+        expected = model.ctc_head(tokens_AKW, counts_A, targets)
+        found = model(batch, "ctc")
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert int(found.tokens) == batch.num_target_tokens == 6

@@ -116,7 +116,7 @@ def test_vocabulary_and_sentences() -> None:
 
 @pytest.mark.parametrize(
     ("count", "test", "validation"),
-    [(10, 2, 1), (100, 20, 10), (1000, 150, 60), (4000, 200, 120), (8000, 200, 200)],
+    [(10, 2, 1), (100, 20, 10), (1000, 150, 60), (4000, 150, 120), (8000, 150, 200)],
 )
 def test_split_sizes(count: int, test: int, validation: int) -> None:
     sizes = split_sizes(count)
