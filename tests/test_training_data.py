@@ -25,6 +25,7 @@ from speechllm.config.schema import Config
 from speechllm.data.augment import perturbed_samples, speed_rates
 from speechllm.data.keys import hash_keys
 from speechllm.errors import CheckpointError, ConfigError
+from speechllm.planner.workload import of_split
 from speechllm.prepare import Split, TextSide, prepare_text
 from speechllm.train import DONE, STOPPED, train
 from speechllm.training_data import epoch_plans, open_training, train_loader
@@ -300,6 +301,15 @@ def test_planning_memory_looks_at_the_mixture(
     shards = [f"data.mixture.read.shards={corpora / 'read'}"]
     assert main(["plan", TINY, *shards]) == 0
     assert "utterances as in data.train" in capsys.readouterr().out
+    config = mixed(corpora, "data.augmentation.speed.probability=0.1")
+    split, text = opened(config)
+    planned = of_split(config, split, text)
+    assert len({u.prompt_tokens for u in planned}) == 2
+    for u in planned:
+        assert 0 < u.text_tokens <= split.corpus.text_lengths.max()
+    samples = np.rint(split.corpus.durations * 16_000).astype(np.int64)
+    slowest = perturbed_samples(samples, np.full(39, 14_400))
+    assert {u.samples for u in planned} <= set(slowest.tolist())
 
 
 def test_without_data_the_key_is_named(tmp_path: Path) -> None:

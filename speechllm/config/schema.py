@@ -120,7 +120,7 @@ Strategy = Annotated[
 
 class Config(Section):
     run_dir: Path | None = Field(None, description="Where everything of the run is written.")
-    seed: int = Field(1, ge=0, description="Decides data order, weights and dropout.")
+    seed: int = Field(1, ge=0, description="Decides data order, augmentation, weights and dropout.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Compute. What trains keeps fp32 master weights in any; fp16 scales the loss "

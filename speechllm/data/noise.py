@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from speechllm.data.audio import AUDIO_EXTENSIONS, decode_audio
-from speechllm.data.files import list_tars, open_binary
+from speechllm.data.files import list_tars, local_path, open_binary
 from speechllm.data.members import clean_name, extension
+from speechllm.data.remote import Stat, fetch, stat
 from speechllm.errors import AudioError, DataError
 
 _CACHED_BYTES = 64 << 20  # of decoded audio, in each process
@@ -57,6 +58,7 @@ class AudioBank:
         self._channel = channel
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
         self._bytes = 0
+        self._stats: dict[str, Stat] = {}
 
     def __len__(self) -> int:
         return len(self.members)
@@ -81,14 +83,23 @@ class AudioBank:
     def _decode(self, member: Member) -> np.ndarray:
         where = f"{member.name} in {member.tar}"
         try:
-            with open_binary(member.tar) as file:
-                file.seek(member.offset)
-                data = file.read(member.size)
-            return decode_audio(data, extension(member.name), channel=self._channel)
-        except OSError as error:
+            data = self._bytes_of(member)
+        except (OSError, DataError) as error:
             raise DataError(f"{where}: cannot be read ({error})") from error
+        try:
+            return decode_audio(data, extension(member.name), channel=self._channel)
         except AudioError as error:
             raise DataError(f"{where}: {error}") from error
+
+    def _bytes_of(self, member: Member) -> bytes:
+        path = local_path(member.tar)
+        if path is None:
+            if member.tar not in self._stats:
+                self._stats[member.tar] = stat(member.tar)
+            return fetch(member.tar, member.offset, member.size, self._stats[member.tar])
+        with open(path, "rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
 
 
 def _audio_members(tar: str, key: str) -> list[Member]:

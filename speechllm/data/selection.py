@@ -39,6 +39,10 @@ class CostSettings:
     budget: int
     rate: int = SAMPLE_RATE
 
+    def prompt_tokens_in(self, shard: int) -> int:
+        tokens = self.prompt_tokens
+        return tokens if isinstance(tokens, int) else tokens[shard]
+
 
 @dataclass(frozen=True, eq=False)
 class Selection:

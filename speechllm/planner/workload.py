@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from speechllm.config.schema import Config
+from speechllm.data.augment import perturbed_samples
 from speechllm.model.build import audio_token_counter
 from speechllm.model.frontend import FRAME_SAMPLES, num_frames
 from speechllm.planner.activations import CHUNK_FRAMES, Shape
@@ -48,12 +49,14 @@ def of_split(config: Config, split: Split, text: TextSide) -> list[Utterance]:
     kept = split.selection.kept
     ordered = kept[np.argsort(split.costs[kept], kind="stable")]
     chosen = np.unique(ordered[[round(q * (len(ordered) - 1)) for q in QUANTILES]])
-    prompt = text.prompter.max_prompt_tokens
-    samples = np.ceil(split.corpus.durations[chosen] * SAMPLE_RATE).astype(np.int64)
+    settings, corpus = split.cost_settings, split.corpus
+    prompts = [settings.prompt_tokens_in(corpus.shard_of(i)) for i in chosen.tolist()]
+    samples = np.rint(corpus.durations[chosen] * SAMPLE_RATE).astype(np.int64)
+    samples = perturbed_samples(samples, np.full(len(samples), settings.rate))
     tokens = text.audio_tokens(samples)
     return [
         Utterance(int(n), int(cost - k - prompt), prompt)
-        for n, k, cost in zip(samples, tokens, split.costs[chosen], strict=True)
+        for n, k, cost, prompt in zip(samples, tokens, split.costs[chosen], prompts, strict=True)
     ]
 
 

@@ -4,7 +4,7 @@ import torch
 import pytest
 
 from speechllm.data.collate import collate
-from speechllm.types import IGNORE, AudioSegment, Example, TextSegment
+from speechllm.types import IGNORE, AudioSegment, Example, SpecMasks, TextSegment
 
 END = 9
 
@@ -106,3 +106,20 @@ def test_audio_places_are_as_many_as_the_counter_says() -> None:
     batch = collate(examples, tokens_of, pad_id=0)
     counted = [tokens_of(int(n)) for n in batch.audio_lengths_A]
     assert batch.audio_mask_BS.sum(1).tolist() == counted
+
+
+def test_masks_stand_at_their_segments_filled_up_with_empty_ones() -> None:
+    one = SpecMasks(np.array([[1, 4], [2, 3]]), np.zeros((0, 2), np.float32))
+    other = SpecMasks(np.array([[5, 9]]), np.array([[0.25, 0.5]], np.float32))
+    segments = [AudioSegment(np.ones(200, np.int16), masks) for masks in (one, None, other)]
+    batch = collate([Example(str(i), (s,)) for i, s in enumerate(segments)], tokens_of, pad_id=0)
+    assert batch.masks is not None
+    assert batch.masks.times_G2.tolist() == [
+        [[1, 4], [2, 3]], [[0, 0], [0, 0]], [[5, 9], [0, 0]],
+    ]  # fmt: skip
+    assert batch.masks.bands_H2.tolist() == [[[0, 0]], [[0, 0]], [[0.25, 0.5]]]
+    assert batch.masks.bands_H2.dtype == torch.float32
+    moved = batch.to(torch.device("meta"))
+    assert moved.masks is not None
+    assert moved.masks.times_G2.device.type == "meta"
+    assert collate([speech("a", 250, (4,))], tokens_of, pad_id=0).masks is None

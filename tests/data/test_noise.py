@@ -6,9 +6,11 @@ import numpy as np
 
 import pytest
 from audio_tars import wav, write_tar
+from http_files import serve
 from speech_files import tone, write_shards
 
 import speechllm.data.noise
+from speechllm.data import remote
 from speechllm.data.noise import AudioBank
 from speechllm.errors import DataError
 
@@ -34,6 +36,22 @@ def test_shards_of_ours_serve_too_and_other_rates_are_resampled(tmp_path: Path) 
     assert len(AudioBank([str(shards)], "noises")) == 3
     write_tar(tmp_path / "x.tar", {"x.wav": wav(tone(1.0, rate=8_000), rate=8_000)})
     assert len(AudioBank([str(tmp_path / "x.tar")], "noises").read(0.5)) == 16_000
+
+
+def test_remote_tars_are_read_by_ranges_and_a_failed_attempt_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noises = [tone(0.3, seed=i) for i in range(3)]
+    write_tar(tmp_path / "n.tar", {f"{i}.wav": wav(n) for i, n in enumerate(noises)})
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    with serve(tmp_path) as server:
+        bank = AudioBank([f"{server.url}/n.tar"], "noises")
+        server.requests.clear()
+        server.fault = lambda path, times: "short" if times == 2 else ""
+        for which, noise in zip((0, 0.4, 0.9), noises, strict=True):
+            assert (bank.read(which) == noise).all()
+        assert server.times("n.tar") == 5  # what it is, three ranges, one of them again
+        assert all(wanted.startswith("bytes=") for _, wanted in server.requests)
 
 
 def test_a_channel_of_several(tmp_path: Path) -> None:
