@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import signal
+import tempfile
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from runs import TINY, assert_same_run, metrics
 from speech_files import write_shards
 
 import speechllm.train
+import speechllm.training_data
 from speechllm.cli import main
 from speechllm.config.load import load_config
 from speechllm.config.schema import Config
@@ -237,6 +239,25 @@ def test_the_plan_knows_the_speed_of_every_utterance(corpora: Path) -> None:
                 assert len(rows) * max(rows) == next(positions)
                 assert len(rows) * max(rows) <= 400
                 assert m.audio_seconds == pytest.approx(foretold[planned].sum() / 16_000)
+
+
+def test_epochs_of_large_corpora_are_shared_by_the_processes_of_a_node(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = mixed(corpora, "data.augmentation.speed.probability=0.5")
+    split, _ = opened(config)
+    alone = [epoch_plans(config, split)(epoch).flat() for epoch in (0, 1)]
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(speechllm.training_data, "SHARED_UTTERANCES", 1)
+    for _ in range(2):  # computed, then read
+        for epoch, expected in enumerate(alone):
+            found = epoch_plans(config, split)(epoch).flat()
+            for name, values in vars(expected).items():
+                assert np.array_equal(getattr(found, name), values), name
+        monkeypatch.setattr(speechllm.training_data, "hash_keys", None)
+    other = mixed(corpora, "data.augmentation.speed.probability=0.6")
+    with pytest.raises(TypeError):  # would have to be computed
+        epoch_plans(other, opened(other)[0])(0)
 
 
 def test_what_is_too_long_at_the_slowest_speed_is_dropped(corpora: Path) -> None:
