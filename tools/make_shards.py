@@ -115,7 +115,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 def print_survey(manifest: Manifest, settings: PackSettings, num_workers: int) -> None:
     with progress_bar() as progress:
-        survey = survey_manifest(manifest, settings, num_workers, progress)
+        survey = survey_manifest(manifest, settings, num_workers, progress, lengths=True)
     total = int(survey.sizes.sum())
     table = Table(title=f"{manifest.path} (nothing written)", show_header=False)
     table.add_row("utterances", f"{len(manifest) - len(survey.dropped):,}")

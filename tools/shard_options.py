@@ -66,7 +66,10 @@ def _add_cleaning(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--min-chars-per-second", type=_amount, help="drop what is spoken slower")
     group.add_argument("--max-chars-per-second", type=_amount, help="drop what is spoken faster")
     group.add_argument(
-        "--max-silence", type=_share, metavar="SHARE", help="of 20 ms frames under -50 dBFS, 0 to 1"
+        "--max-silence",
+        type=_share,
+        metavar="SHARE",
+        help="of 20 ms frames whose peak is under -40 dBFS, 0 to 1",
     )
     group.add_argument(
         "--max-clipping", type=_share, metavar="SHARE", help="of samples at full scale, 0 to 1"

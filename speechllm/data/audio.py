@@ -59,7 +59,12 @@ def decode_audio(
     start, end: seconds. channel: from 0; without it the channels are averaged. Other rates are
     resampled with soxr (HQ). Raises AudioError: see the module's docstring.
     """
-    return _decode(io.BytesIO(data), extension, start, end, channel)
+    return _decode(io.BytesIO(data), extension, start, end, channel)[0]
+
+
+def decode_with_rate(data: bytes, extension: str) -> tuple[np.ndarray, int]:
+    """`decode_audio` of the whole file, and the rate of the file in Hz."""
+    return _decode(io.BytesIO(data), extension, None, None, None)
 
 
 def load_audio(
@@ -73,9 +78,9 @@ def load_audio(
     extension = extension_of(path)
     local = local_path(path)
     if local is None:
-        return _decode(io.BytesIO(read_source(path)), extension, start, end, channel)
-    _require_file(local)
-    return _decode(local, extension, start, end, channel)
+        return _decode(io.BytesIO(read_source(path)), extension, start, end, channel)[0]
+    require_file(local)
+    return _decode(local, extension, start, end, channel)[0]
 
 
 def probe(data: bytes, extension: str) -> AudioInfo:
@@ -88,7 +93,7 @@ def probe_file(path: str) -> AudioInfo:
     local = local_path(path)
     if local is None:
         return _probe(io.BytesIO(read_source(path)), extension_of(path))
-    _require_file(local)
+    require_file(local)
     return _probe(local, extension_of(path))
 
 
@@ -115,7 +120,7 @@ def read_source(path: str) -> bytes:
     """The bytes of an audio file or url. Raises AudioError `missing` or `unreadable`."""
     local = local_path(path)
     if local is not None:
-        _require_file(local)
+        require_file(local)
     try:
         return read_bytes(path)
     except FileNotFoundError as error:
@@ -124,8 +129,11 @@ def read_source(path: str) -> bytes:
         raise AudioError(f"unreadable: {path} ({error})") from error
 
 
-def _require_file(path: str) -> None:
-    """soundfile tells a missing, a forbidden and a broken file apart only by libsndfile's words."""
+def require_file(path: str) -> None:
+    """Raises AudioError `missing` or `unreadable`.
+
+    soundfile tells a missing, a forbidden and a broken file apart only by libsndfile's words.
+    """
     if not os.path.exists(path):
         raise AudioError(f"missing: {path}")
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
@@ -180,7 +188,8 @@ def _decode(
     start: float | None,
     end: float | None,
     channel: int | None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
+    """int16 [N] at 16 kHz, and the rate of the file."""
     with _open(source, extension) as sound:
         rate, channels = sound.samplerate, sound.channels
         if channel is not None and not 0 <= channel < channels:
@@ -208,12 +217,12 @@ def _decode(
     else:
         samples = samples[:, 0]
     if exact:
-        return np.ascontiguousarray(samples)
+        return np.ascontiguousarray(samples), rate
     if rate != SAMPLE_RATE:
         samples = soxr.resample(np.ascontiguousarray(samples), rate, SAMPLE_RATE, quality="HQ")
         if len(samples) == 0:
             raise AudioError("empty: no samples are left at 16 kHz")
-    return _to_int16(samples)
+    return _to_int16(samples), rate
 
 
 def _segment(frames: int, rate: int, start: float | None, end: float | None) -> tuple[int, int]:

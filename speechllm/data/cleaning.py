@@ -7,6 +7,7 @@ fixed words, so that a report can count by reason.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -29,11 +30,14 @@ NORMALISERS = (
     "whisper-english",
     "whisper-basic",
 )
-# 20 ms: the shortest over which speech is said to have a level.
+# 20 ms
 FRAME = SAMPLE_RATE // 50
-SILENCE_DBFS = -50.0
+SILENCE_DBFS = -40.0
 FLOOR_DBFS = -96.0
 _FULL_SCALE = 32767
+_QUIET = round(32768 * 10 ** (SILENCE_DBFS / 20))
+_MANY_FRAMES = 100
+_HEARD_FRAMES = 4
 _BRACKETED = re.compile(r"<[^<>]*>|\[[^\[\]]*\]|\([^()]*\)|\{[^{}]*\}")
 
 
@@ -43,7 +47,7 @@ class CleanSettings:
     applied in this order. keep_text, drop_text: regular expressions, searched for in the text as
     the source gives it; a text must match one of `keep_text`, if there are any, and none of
     `drop_text`. Characters per second are those of the normalised text. max_silence: share (0 to 1)
-    of 20 ms frames under -50 dBFS. max_clipping: share of samples at full scale.
+    of 20 ms frames whose peak is under -40 dBFS. max_clipping: share of samples at full scale.
     drop_duplicate_audio: of utterances with the same samples only the first of the source stays.
     """
 
@@ -58,6 +62,12 @@ class CleanSettings:
     max_clipping: float | None = None
     drop_duplicate_audio: bool = False
 
+    @property
+    def needs_lengths(self) -> bool:
+        """Whether some utterances may be dropped for their length alone."""
+        bounds = (self.max_seconds, self.min_chars_per_second, self.max_chars_per_second)
+        return self.min_seconds > 0 or any(bound is not None for bound in bounds)
+
     def __post_init__(self) -> None:
         """Raises UserError for an unknown normaliser and for a wrong regular expression."""
         for name in self.normalise:
@@ -71,8 +81,8 @@ class CleanSettings:
 
 
 class AudioStatistics(NamedTuple):
-    """level: dBFS of the root mean square, at least -96. silence: share of 20 ms frames under
-    -50 dBFS. clipping: share of samples at full scale."""
+    """level: dBFS of the root mean square, at least -96. silence: share of 20 ms frames whose peak
+    is under -40 dBFS. clipping: share of samples at full scale."""
 
     level: float
     silence: float
@@ -144,7 +154,7 @@ def check_sound(statistics: AudioStatistics, settings: CleanSettings) -> None:
     """Raises DataError `silent` or `clipped`."""
     if settings.max_silence is not None and statistics.silence > settings.max_silence:
         raise DataError(
-            f"silent: {statistics.silence:.1%} of it is under {SILENCE_DBFS:g} dBFS, more than "
+            f"silent: {statistics.silence:.1%} of it stays under {SILENCE_DBFS:g} dBFS, more than "
             f"{settings.max_silence:.1%}"
         )
     if settings.max_clipping is not None and statistics.clipping > settings.max_clipping:
@@ -155,25 +165,24 @@ def check_sound(statistics: AudioStatistics, settings: CleanSettings) -> None:
 
 
 def audio_statistics(samples: np.ndarray) -> AudioStatistics:
-    """int16 [N], N > 0. What is left over after whole frames counts as one more, shorter frame."""
-    whole = len(samples) // FRAME * FRAME
-    scaled = samples.astype(np.float32)
-    scaled *= 1 / 32768
-    frames = scaled[:whole].reshape(-1, FRAME)
-    energies = np.einsum("fs,fs->f", frames, frames)
-    rest = float(np.dot(scaled[whole:], scaled[whole:]))
-    limit = 10 ** (SILENCE_DBFS / 10)
-    silent = int(np.count_nonzero(energies < limit * FRAME))
-    count = len(energies)
-    if whole < len(samples):
-        silent += rest < limit * (len(samples) - whole)
-        count += 1
-    energy = (float(energies.sum(dtype=np.float64)) + rest) / len(samples)
-    level = 10 * np.log10(energy) if energy > 0 else FLOOR_DBFS
+    """int16 [N], N > 0; of every fourth 20 ms frame where there are 100 or more.
+
+    All frames would take a tenth of the time that decoding takes, a fourth of them takes 3 %.
+    """
+    frames = samples[: len(samples) // FRAME * FRAME].reshape(-1, FRAME)
+    heard = frames[::_HEARD_FRAMES] if len(frames) >= _MANY_FRAMES else frames
+    chosen = np.ascontiguousarray(heard).ravel() if len(frames) else samples
+    floats = chosen.astype(np.float32)
+    power = float(np.dot(floats, floats)) / len(chosen) / 32768**2
+    level = max(FLOOR_DBFS, 10 * math.log10(power)) if power > 0 else FLOOR_DBFS
+    starts = np.arange(0, len(chosen), FRAME)
+    highest = np.maximum.reduceat(chosen, starts)
+    lowest = np.minimum.reduceat(chosen, starts)
+    silent = np.count_nonzero((highest < _QUIET) & (lowest > -_QUIET))
     clipped = 0
-    if samples.max() == _FULL_SCALE or samples.min() <= -_FULL_SCALE:
-        clipped = int(np.count_nonzero((samples == _FULL_SCALE) | (samples <= -_FULL_SCALE)))
-    return AudioStatistics(max(FLOOR_DBFS, float(level)), silent / count, clipped / len(samples))
+    if highest.max() == _FULL_SCALE or lowest.min() <= -_FULL_SCALE:
+        clipped = int(np.count_nonzero((chosen == _FULL_SCALE) | (chosen <= -_FULL_SCALE)))
+    return AudioStatistics(level, int(silent) / len(starts), clipped / len(chosen))
 
 
 def audio_hash(samples: np.ndarray) -> tuple[int, int]:

@@ -131,7 +131,7 @@ def append_to_journal(directory: str, report: ShardReport, name: str = NAME) -> 
     """Raises DataError where there is no room for it."""
     path = os.path.join(directory, name)
     with writing(path), open(path, "ab", buffering=0) as file:
-        write_fully(file, journal_line(report).encode())
+        write_fully(file, [journal_line(report).encode()])
         os.fsync(file.fileno())
 
 

@@ -27,7 +27,7 @@ _TITLES = {
     "characters": "Text length (characters)",
     "characters_per_second": "Characters per second",
     "level": "Level (dBFS, root mean square)",
-    "silence": "Share of 20 ms frames under -50 dBFS",
+    "silence": "Share of 20 ms frames whose peak is under -40 dBFS",
     "clipping": "Share of samples at full scale",
 }
 

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -18,6 +18,8 @@ from speechllm.data.index import index_path, write_index
 from speechllm.data.members import AudioMember, MetadataMember, Row
 from speechllm.errors import DataError
 
+_JSON = json.JSONEncoder(ensure_ascii=False)
+_PLAIN = re.compile(r"[A-Za-z0-9_~-]+")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 
 
@@ -53,12 +55,14 @@ def safe_key(utterance_id: str) -> str:
     >>> safe_key("a/b c.1")
     'a%2Fb%20c%2E1'
     """
+    if _PLAIN.fullmatch(utterance_id):
+        return utterance_id
     return quote(utterance_id, safe="").replace(".", "%2E")
 
 
 def encode_metadata(metadata: dict[str, Any]) -> bytes:
     """JSON in UTF-8. Raises UnicodeEncodeError for half surrogate pairs (`"\\ud800"`)."""
-    return json.dumps(metadata, ensure_ascii=False).encode()
+    return _JSON.encode(metadata).encode()
 
 
 def member_bytes(size: int) -> int:
@@ -107,6 +111,37 @@ def parse_size(text: str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2] or ""]))
 
 
+def tar_header(name: str, size: int) -> bytes:
+    """What stands before a member's data; nothing in it tells of time or user."""
+    short = name.encode()
+    if len(short) > tarfile.LENGTH_NAME or not name.isascii() or size >= 8**11:
+        return _tarfile_header(name, size)
+    # tarfile takes 45 us for each, 4 % of decoding an utterance; only these fields differ.
+    length = b"%011o" % size
+    checksum = _EMPTY_HEADER_SUM + sum(short) + sum(length) - 11 * 0x30
+    return b"".join(
+        (
+            short.ljust(tarfile.LENGTH_NAME, b"\0"),
+            _EMPTY_HEADER[100:124],
+            length,
+            _EMPTY_HEADER[135:148],
+            b"%06o\0" % checksum,
+            _EMPTY_HEADER[155:],
+        )
+    )
+
+
+def _tarfile_header(name: str, size: int) -> bytes:
+    header = tarfile.TarInfo(name)
+    header.size = size
+    header.mode = 0o644
+    return header.tobuf(tarfile.PAX_FORMAT)
+
+
+_EMPTY_HEADER = _tarfile_header("", 0)
+_EMPTY_HEADER_SUM = int(_EMPTY_HEADER[148:154], 8)
+
+
 class _TarWriter:
     """A tar of plain files whose headers tell nothing of time or user, hashed as it is written."""
 
@@ -116,32 +151,36 @@ class _TarWriter:
         self._tar = tar
         self._hash = hashlib.sha256()
 
-    def add(self, name: str, data: bytes) -> int:
-        """Append a member; the offset of its data."""
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
-        header.mode = 0o644
-        self._write(header.tobuf(tarfile.PAX_FORMAT))
-        offset = self.size
-        self._write(data)
-        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
-        return offset
+    def add(self, members: Sequence[tuple[str, bytes]]) -> list[int]:
+        """Append members, by name and data; the offsets of their data."""
+        pieces: list[bytes] = []
+        offsets = []
+        end = self.size
+        for name, data in members:
+            header = tar_header(name, len(data))
+            offsets.append(end + len(header))
+            padding = bytes(-len(data) % tarfile.BLOCKSIZE)
+            pieces += (header, data, padding)
+            end = offsets[-1] + len(data) + len(padding)
+        self._write(pieces)
+        return offsets
 
     def finish(self) -> None:
         """Two empty blocks end a tar, and it is filled up to whole records."""
-        self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self.size % tarfile.RECORDSIZE))
+        end = self.size + 2 * tarfile.BLOCKSIZE
+        self._write([bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE)])
         with writing(self._tar):
             os.fsync(self._file.fileno())
 
     def sha256(self) -> str:
         return self._hash.hexdigest()
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, pieces: Sequence[bytes]) -> None:
+        for piece in pieces:
+            self._hash.update(piece)
+            self.size += len(piece)
         with writing(self._tar):
-            write_fully(self._file, data)
-        self._hash.update(data)
-        self.size += len(data)
+            write_fully(self._file, pieces)
 
 
 def _open_aside(aside: str, tar: str) -> FileIO:
@@ -150,11 +189,14 @@ def _open_aside(aside: str, tar: str) -> FileIO:
         return open(aside, "w+b", buffering=0)
 
 
-def write_fully(file: FileIO, data: bytes) -> None:
-    """An unbuffered file may take a part only, e.g. when its disk gets full."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
+def write_fully(file: FileIO, pieces: Sequence[bytes]) -> None:
+    """In one call where that is enough: a file may take a part only, e.g. on a disk that gets full.
+    Raises OSError."""
+    written = os.writev(file.fileno(), pieces)
+    if written < sum(map(len, pieces)):
+        rest = memoryview(b"".join(pieces))[written:]
+        while rest:
+            rest = rest[file.write(rest) :]
 
 
 @contextmanager
@@ -174,17 +216,12 @@ def writing(path: str) -> Iterator[None]:
 def _add_sample(archive: _TarWriter, sample: Sample) -> Row:
     audio_name, text_name = f"{sample.key}.{sample.extension}", f"{sample.key}.json"
     metadata = encode_metadata(sample.metadata)
-    audio = AudioMember(
-        audio_name,
-        archive.add(audio_name, sample.audio),
-        len(sample.audio),
-        sample.duration,
-        sample.sample_rate,
+    members = [(audio_name, sample.audio), (text_name, metadata)]
+    audio_offset, text_offset = archive.add(members)
+    return Row(
+        sample.key,
+        AudioMember(
+            audio_name, audio_offset, len(sample.audio), sample.duration, sample.sample_rate
+        ),
+        MetadataMember(text_name, text_offset, len(metadata), len(sample.metadata["text"].strip())),
     )
-    text = MetadataMember(
-        text_name,
-        archive.add(text_name, metadata),
-        len(metadata),
-        len(sample.metadata["text"].strip()),
-    )
-    return Row(sample.key, audio, text)

@@ -39,7 +39,7 @@ class PackSettings:
 
 class SourceSurvey(NamedTuple):
     """sizes: int64 [U], bytes that each utterance will take of a shard, 0 where it will be dropped.
-    seconds: float64 [U]. absent, duplicates: see `Plan`."""
+    seconds: float64 [U], 0 also where no length was needed. absent, duplicates: see `Plan`."""
 
     sizes: np.ndarray
     seconds: np.ndarray
@@ -70,15 +70,22 @@ def plan_shards(
 
 
 def survey_manifest(
-    manifest: Manifest, settings: PackSettings, num_workers: int, progress: Progress
+    manifest: Manifest,
+    settings: PackSettings,
+    num_workers: int,
+    progress: Progress,
+    *,
+    lengths: bool = False,
 ) -> SourceSurvey:
-    """A look at all audio, in the manifest's order. Raises DataError if nothing would be left."""
+    """A look at all audio, in the manifest's order. lengths: of all utterances, also where sizes
+    can be told without. Raises DataError if nothing would be left."""
     total = len(manifest)
     chunks = [range(i, min(i + _SURVEY_CHUNK, total)) for i in range(0, total, _SURVEY_CHUNK)]
     tasks = [lines_of(manifest, chunk) for chunk in chunks]
     parts: list[Survey | None] = [None] * len(chunks)
     done = 0
-    for i, part in map_unordered(partial(survey, settings=settings.prepare), tasks, num_workers):
+    look = partial(survey, settings=settings.prepare, lengths=lengths)
+    for i, part in map_unordered(look, tasks, num_workers):
         parts[i] = part
         done += len(chunks[i])
         progress("Looking at the audio", done, total)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from speech_files import tone
 
+from speechllm.data import prepare as prepare_module
 from speechllm.data.audio import decode_audio, encode_flac
 from speechllm.data.cleaning import CleanSettings, audio_hash
 from speechllm.data.encoding import Encoding, encode_opus
@@ -174,7 +175,7 @@ def test_a_survey_foretells_sizes_lengths_and_drops(sources: Path) -> None:
     utterances = [
         utterance("a.flac", id="1"),
         utterance("nowhere.flac", id="2"),
-        utterance("a.wav", id="3", start=0.25, end=9),
+        utterance("a.wav", id="3", start=0.25, end=1.0),
         utterance("a.flac", id="4", text=None),
         utterance("a.wav", id="5"),
         utterance("gone.flac", id="6", seconds=0.5),
@@ -193,6 +194,43 @@ def test_a_survey_foretells_sizes_lengths_and_drops(sources: Path) -> None:
     whole = survey(lines_of(sources, utterances[:1]), PrepareSettings())
     audio = (sources / "a.flac").stat().st_size
     assert audio + 1024 < whole.sizes[0] < audio + 3 * 512 + 1024
+
+
+def test_lengths_are_guessed_where_nothing_depends_on_them(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("b", 2.0), ("c", 4.0)):
+        soundfile.write(sources / f"{name}.wav", tone(seconds), 16000)
+    utterances = [
+        utterance("b.wav"),
+        utterance("c.wav"),
+        utterance("wide.flac"),
+        utterance("c.wav", start=0.5, end=2.0),
+    ]
+    looked_at = []
+    probe = prepare_module.probe_audio
+    monkeypatch.setattr(
+        prepare_module, "probe_audio", lambda *a: (looked_at.append(a[0].audio.path), probe(*a))[1]
+    )
+    lines = lines_of(sources, utterances)
+    guessed = survey(lines, PrepareSettings("reencode"))
+    assert looked_at == ["b.wav", "wide.flac"]
+    assert guessed.seconds == pytest.approx([2.0, 4.0, 1.0, 1.5], rel=0.01)
+    assert survey(lines, PrepareSettings("reencode"), lengths=True).seconds.tolist() == [
+        2,
+        4,
+        1,
+        1.5,
+    ]
+    assert looked_at[2:] == ["b.wav", "c.wav", "wide.flac"]
+
+
+def test_an_end_behind_the_end_is_not_believed(sources: Path) -> None:
+    told = utterance("a.wav", start=0.5, end=99_999.0, seconds=1.0)
+    untold = utterance("a.wav", start=0.5, end=99_999.0)
+    found = survey(lines_of(sources, [told, untold]), PrepareSettings())
+    assert found.seconds[0] == 0.5
+    assert found.seconds[1] < 200
 
 
 def test_a_survey_for_duplicates_hears_everything(sources: Path) -> None:

@@ -19,7 +19,14 @@ from speech_files import make_sample, write_shards
 
 from speechllm.data.audio import decode_audio
 from speechllm.data.index import index_path, open_corpus
-from speechllm.data.shards import Sample, encode_metadata, parse_size, safe_key, write_shard
+from speechllm.data.shards import (
+    Sample,
+    encode_metadata,
+    parse_size,
+    safe_key,
+    tar_header,
+    write_shard,
+)
 from speechllm.data.store import Store
 from speechllm.errors import DataError
 
@@ -107,6 +114,13 @@ def test_python_s_tarfile_would_write_the_same(tmp_path: Path) -> None:
                 header.size, header.mode = len(data), 0o644
                 archive.addfile(header, io.BytesIO(data))
     assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+
+
+@given(name=st.text("ab.%-_/ž", min_size=1, max_size=130), size=st.integers(0, 2**40))
+def test_headers_are_those_of_tarfile(name: str, size: int) -> None:
+    header = tarfile.TarInfo(name)
+    header.size, header.mode = size, 0o644
+    assert tar_header(name, size) == header.tobuf(tarfile.PAX_FORMAT)
 
 
 @pytest.mark.parametrize("place", ["nowhere/a.tar", "file/a.tar"])
