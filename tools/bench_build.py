@@ -13,9 +13,11 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +59,8 @@ def measure_build(
     """Build shards of noise that is as hard to code as speech, in a temporary directory.
 
     Gives, for each kind, utterances and audio hours per core second, shards per core second at the
-    default shard size, and `share_of_limit`: the least CPU time of any round for the codecs alone,
-    by the least for the build, because other load on the machine only ever adds.
+    default shard size, and `share_of_limit`: the codecs' CPU time by that of the build, where each
+    build is compared with the mean of the codecs' runs before and after it; the median of rounds.
     """
     results = {}
     with tempfile.TemporaryDirectory(dir=folder) as directory:
@@ -117,28 +119,30 @@ def _measure(source: Path, options: Sequence[str], rounds: int, num_workers: int
     settings = shard_settings(parser.parse_args(options))
     files = sorted(str(path) for path in source.iterdir() if path.suffix != ".jsonl")
     out = source.parent / "out"
-    limits, builds = [], []
     # The first round warms the page cache and the libraries up, and does not count.
-    for turn in range(rounds + 1):
-        limit, _ = _cpu_seconds(lambda: codecs_alone(files, settings))
-        build, report = _cpu_seconds(lambda: build_all(source, out, settings, num_workers))
+    codecs_alone(files, settings)
+    build_all(source, out, settings, num_workers)
+    limits, builds = [_cpu_seconds(lambda: codecs_alone(files, settings))[0]], []
+    for _ in range(rounds):
         shutil.rmtree(out)
-        if turn:
-            limits.append(limit)
-            builds.append(build)
-    limit, build = min(limits), min(builds)
+        build, report = _cpu_seconds(lambda: build_all(source, out, settings, num_workers))
+        builds.append(build)
+        limits.append(_cpu_seconds(lambda: codecs_alone(files, settings))[0])
+    shutil.rmtree(out)
+    shares = [(a + b) / 2 / build for (a, b), build in zip(pairwise(limits), builds, strict=True)]
+    build = statistics.median(builds)
     return {
         "shards": len(report.shards),
         "utterances": report.utterances,
         "hours": report.seconds / 3600,
         "bytes": report.bytes,
-        "limit_core_seconds": limit,
+        "limit_core_seconds": statistics.median(limits),
         "build_core_seconds": build,
         "utterances_per_core_second": report.utterances / build,
         "audio_hours_per_core_hour": report.seconds / build,
         "shards_per_core_second": report.bytes / settings.shard_bytes / build,
-        "share_of_limit": limit / build,
-        "share_of_limit_by_round": [a / b for a, b in zip(limits, builds, strict=True)],
+        "share_of_limit": statistics.median(shares),
+        "share_of_limit_by_round": shares,
     }
 
 
