@@ -75,7 +75,7 @@ def _zeros_to_send(rows: int, columns: int) -> torch.Tensor:
     if get_worker_info() is None or not rows * columns:
         return torch.zeros(rows, columns, dtype=torch.int16)
     storage = torch.UntypedStorage._new_shared(2 * rows * columns)
-    return torch.empty(0, dtype=torch.int16).set_(storage, 0, (rows, columns))
+    return torch.empty(0, dtype=torch.int16).set_(storage).view(rows, columns)
 
 
 def _positions(segment: Segment, audio_tokens: Callable[[int], int]) -> int:
