@@ -14,6 +14,11 @@ from speechllm.log import logger
 T = TypeVar("T")
 Piece = tuple[str, int]
 
+# So many tasks are looked at for each one that is handed out, until enough are ahead: the first
+# does not wait for all of them. And so many are ahead at most, where they want the same few pieces.
+_AT_ONCE = 8
+_MOST = 1000
+
 
 def fetched_ahead(
     tasks: Iterable[T],
@@ -46,6 +51,7 @@ def fetched_ahead(
         threading.Thread(target=work, daemon=True, name="fetch-ahead").start()
     waiting: deque[tuple[T, set[Piece]]] = deque()
     ahead: Counter[Piece] = Counter()
+    drawn = 0
     try:
         for task in tasks:
             pieces = set(pieces_of(task))
@@ -53,7 +59,9 @@ def fetched_ahead(
                 wanted.put(piece)
             ahead.update(pieces)
             waiting.append((task, pieces))
-            while waiting and len(ahead) > limit:
+            drawn += 1
+            while waiting and (len(ahead) > limit or len(waiting) > _MOST or drawn == _AT_ONCE):
+                drawn = 0
                 yield _pop(waiting, ahead)
         while waiting:
             yield _pop(waiting, ahead)

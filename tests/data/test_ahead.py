@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 
@@ -49,6 +50,17 @@ def test_a_piece_is_asked_for_once_while_it_is_ahead_and_errors_are_left_to_othe
     assert done.wait(10)
     assert [first, *steps] == tasks
     assert asked == [7, 9]
+
+
+def test_endless_tasks_of_few_pieces_come_at_once_and_are_not_drawn_for_ever() -> None:
+    drawn = itertools.count()
+    steps = fetched_ahead(drawn, lambda n: [("a", n % 3)], lambda *_: None, limit=10, threads=1)
+    assert next(steps) == 0
+    assert next(drawn) < 20
+    taken = list(itertools.islice(steps, 2000))
+    assert taken == sorted(taken)
+    assert next(drawn) - taken[-1] < 1010
+    steps.close()
 
 
 def test_threads_end_with_the_iterator() -> None:
