@@ -76,11 +76,19 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _show(console: Console, title: str, rows: Iterable[dict[str, Any]]) -> None:
-    """One column for each row, because names are long and rows are few."""
+    """Few rows stand side by side, because the names of their values are long."""
     rows = list(rows)
-    table = Table(title=title, show_header=False)
-    for name in rows[0]:
-        table.add_row(name.replace("_", " "), *(_text(row[name]) for row in rows))
+    names = [name.replace("_", " ") for name in rows[0]]
+    lines = [[_text(value) for value in row.values()] for row in rows]
+    few = len(rows) <= 3
+    table = Table(title=title, show_header=not few)
+    if few:
+        lines = [list(line) for line in zip(names, *lines, strict=True)]
+    else:
+        for name in names:
+            table.add_column(name)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
 
 
