@@ -87,6 +87,7 @@ def decode(
             microbatch.batch.to(device),
             max_new_tokens=config.generation.max_new_tokens,
             num_beams=config.generation.num_beams,
+            length_penalty=config.generation.length_penalty,
             end_token_ids=(text.prompter.end_token_id,),
             pad_id=text.pad_id,
         )

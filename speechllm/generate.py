@@ -19,6 +19,7 @@ def generate(
     *,
     max_new_tokens: int,
     num_beams: int,
+    length_penalty: float = 0.0,
     end_token_ids: Sequence[int],
     pad_id: int,
 ) -> list[list[int]]:
@@ -27,6 +28,7 @@ def generate(
     Args:
         batch: prompts without targets, padded on the left.
         max_new_tokens: the end token included.
+        length_penalty: power of the length by which the score of a beam is divided.
         end_token_ids: any of them ends a row.
 
     Returns:
@@ -36,6 +38,7 @@ def generate(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
+        length_penalty=length_penalty if num_beams > 1 else 1.0,  # else transformers warns
         do_sample=False,
         eos_token_id=list(end_token_ids),
         pad_token_id=pad_id,

@@ -91,6 +91,33 @@ def test_beams_find_what_greedy_misses(model: SpeechLLM, cfg: schema.Model) -> N
     assert sum(gains) > 0
 
 
+def test_the_likeliest_beam_wins_unless_length_is_rewarded(
+    model: SpeechLLM, cfg: schema.Model
+) -> None:
+    model.eval()
+    ends = tuple({row[4] for row in decode(model, cfg, beams=4)})
+
+    def found(length_penalty: float) -> tuple[int, float]:
+        """Tokens and log-probability of all outputs, end tokens included where they are certain."""
+        rows = generate(
+            model, batch_of(cfg, PROMPTS, pad_left=True), max_new_tokens=NEW, num_beams=4,
+            length_penalty=length_penalty, end_token_ids=ends, pad_id=PAD,
+        )  # fmt: skip
+        scores = [
+            total_score(model, cfg, prompt, row) + (ended(prompt, row) if len(row) < NEW else 0.0)
+            for prompt, row in zip(PROMPTS, rows, strict=True)
+        ]
+        return sum(map(len, rows)), sum(scores)
+
+    def ended(prompt, row: list[int]) -> float:  # type: ignore[no-untyped-def]
+        scores = scores_by_hand(model, cfg, prompt, row)
+        return max(scores[end].item() for end in ends)
+
+    (short, likely), (long, unlikely) = found(0.0), found(8.0)
+    assert short < long
+    assert likely > unlikely + 0.01
+
+
 def test_end_tokens_cut_and_are_left_out(model: SpeechLLM, cfg: schema.Model) -> None:
     whole = decode(model, cfg)
     ends = (whole[0][4], whole[1][2])

@@ -78,6 +78,11 @@ class Evaluation(Section):
 class Generation(Section):
     max_new_tokens: int = Field(200, ge=1, description="Longest output, in tokens.")
     num_beams: int = Field(1, ge=1, description="1: greedy.")
+    length_penalty: float = Field(
+        0.0,
+        description="Beams are compared by log probability divided by length to this power. 0: the "
+        "likeliest output wins; 1 favours long ones, also those that repeat themselves.",
+    )
     microbatch_tokens: int = Field(4096, ge=1, description="Budget of a decoded batch.")
     normalizer: Literal["whisper_en", "basic", "none"] = Field(
         "whisper_en", description="Applied to both texts before they are scored."
