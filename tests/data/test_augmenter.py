@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from audio_tars import write_banks
 from speech_files import tone
+from worker_copy import worker_copy
 
 from speechllm.config.data import Augmentation
 from speechllm.data.audio import resampled_length
@@ -62,7 +62,7 @@ def test_masks_alone_leave_the_samples_alone(banks: Path) -> None:
 
 def test_the_same_in_every_process_and_another_in_each_epoch(banks: Path) -> None:
     augmenter = Augmenter(augmentation(banks, **EVERYTHING), 1)
-    copy = pickle.loads(pickle.dumps(augmenter))
+    copy = worker_copy(augmenter)
     first = heard(augmenter, 0)
     assert heard(copy, 0) == first
     assert heard(augmenter, 0) == first
