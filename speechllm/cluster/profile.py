@@ -141,7 +141,7 @@ def load_profile(site: str, changes: Sequence[str] = ()) -> SiteProfile:
     """
     file = _find(site)
     try:
-        tree = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        tree = _texts(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -186,7 +186,16 @@ def _put(tree: dict[str, Any], change: str) -> None:
         if not isinstance(tree.get(name), dict):
             tree[name] = {}
         tree = tree[name]
-    tree[last] = yaml.load(value, Loader=yaml.BaseLoader) if value[:1] in "[{" else value
+    try:
+        tree[last] = _texts(value) if value[:1] in ("[", "{") else value
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{change!r}: the value cannot be read as YAML: {error}") from None
+
+
+def _texts(content: str) -> Any:
+    """YAML with every scalar as text. BaseLoader makes nothing but text, lists and dictionaries;
+    under safe_load, which is as safe, 24:00:00 would be the number 86400 and `no` False."""
+    return yaml.load(content, Loader=yaml.BaseLoader)
 
 
 def _without_none(value: Any) -> Any:

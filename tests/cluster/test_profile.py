@@ -78,6 +78,7 @@ def test_changes_from_the_command_line() -> None:
         ("time.hard=h_rt", "give `limit`"),
         ("cpus.slots=4", "cpus.pe"),
         ("ports=[1, 2]", "1024"),
+        ("ports=[1, 2", "'ports=[1, 2': the value cannot be read as YAML"),
         ("queue=a b", "queue"),
         ("requests.arch=a,b=c", "requests.arch"),
         ("gpu_claim.kind=lock", "gpu_claim"),
