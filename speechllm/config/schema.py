@@ -12,6 +12,7 @@ from pydantic import Field, Tag, model_validator
 
 from speechllm.config.data import Data
 from speechllm.config.model import Model
+from speechllm.config.performance import Performance
 from speechllm.config.section import Path, Section, kind_tag
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -141,6 +142,9 @@ class Config(Section):
     train: Train = Field(Train(), description="Length of the run, checkpoints.")
     evaluation: Evaluation = Field(Evaluation(), description="Evaluation during training.")
     generation: Generation = Field(Generation(), description="Decoding.")
+    performance: Performance = Field(
+        Performance(), description="Shortcuts that frozen parts allow; all exact but the cache."
+    )
     strategy: Strategy = Field(DDPStrategy(), description="How ranks work together.")
     collective_timeout: float = Field(
         1800.0,
