@@ -1,7 +1,7 @@
 """The few values that travel between the floors of the package.
 
 Shape legend: B examples of a microbatch, S positions of the LLM, A audio segments of a microbatch,
-N samples at 16 kHz, G masks in time, H masks in frequency.
+N samples at 16 kHz, G masks in time, H masks in frequency, T encoder frames of width D.
 """
 
 from __future__ import annotations
@@ -39,22 +39,40 @@ Objective = Literal["lm", "ctc"]  # see SpeechLLM.forward
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
+class EncodedAudio(NamedTuple):
+    """What the encoder made of an utterance, as it is kept on disk.
+
+    num_samples: at 16 kHz, of the audio. values_TD: int16, the bits of bf16 numbers; or int8, which
+    its row's scale multiplies. scales_T: fp32, of int8 only.
+    """
+
+    num_samples: int
+    values_TD: np.ndarray
+    scales_T: np.ndarray | None = None
+
+
 @dataclass(frozen=True)
 class Utterance:
     """One decoded utterance.
 
-    samples: int16 [N], mono, 16 kHz. fields: whatever else the metadata held (lang, speaker, ...).
+    samples: int16 [N], mono, 16 kHz; none where `encoded` stands for them. fields: whatever else
+    the metadata held (lang, speaker, ...).
     """
 
     key: str
     samples: np.ndarray
     text: str
     fields: dict[str, Any] = field(default_factory=dict)
+    encoded: EncodedAudio | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples) if self.encoded is None else self.encoded.num_samples
 
     @property
     def duration(self) -> float:
         """Seconds."""
-        return len(self.samples) / SAMPLE_RATE
+        return self.num_samples / SAMPLE_RATE
 
 
 @dataclass(frozen=True)
@@ -77,10 +95,15 @@ class SpecMasks(NamedTuple):
 
 @dataclass(frozen=True)
 class AudioSegment:
-    """samples: int16 [N], mono, 16 kHz."""
+    """samples: int16 [N], mono, 16 kHz; none where `encoded` stands for them."""
 
     samples: np.ndarray
     masks: SpecMasks | None = None
+    encoded: EncodedAudio | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.samples) if self.encoded is None else self.encoded.num_samples
 
 
 Segment = TextSegment | AudioSegment
@@ -92,6 +115,26 @@ class Example:
 
     key: str
     segments: tuple[Segment, ...]
+
+
+class Frames(NamedTuple):
+    """Encoder outputs of a batch's audio segments, zero padded; as many of a row as its samples
+    give. values_ATD: bf16, or int8, which scales_AT (fp32) multiply."""
+
+    values_ATD: Tensor
+    scales_AT: Tensor | None
+
+    def to(self, device: torch.device) -> Frames:
+        scales_AT = self.scales_AT
+        if scales_AT is not None:
+            scales_AT = scales_AT.to(device, non_blocking=True)
+        return Frames(self.values_ATD.to(device, non_blocking=True), scales_AT)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """[A, T, D] in that type."""
+        if self.scales_AT is None:
+            return self.values_ATD.to(dtype)
+        return (self.values_ATD * self.scales_AT[..., None]).to(dtype)
 
 
 @dataclass
@@ -111,6 +154,7 @@ class Batch:
     attention_mask_BS: Tensor  # int64, 1 where there is something
     labels_BS: Tensor  # int64, IGNORE except on trained tokens; labels[t] is the token AT t
     masks: SpecMasks | None = None  # of the audio segments; none where none has any
+    frames: Frames | None = None  # of all audio segments, in place of samples: audio_AN has none
 
     def to(self, device: torch.device) -> Batch:
         return Batch(
@@ -122,6 +166,7 @@ class Batch:
             attention_mask_BS=self.attention_mask_BS.to(device, non_blocking=True),
             labels_BS=self.labels_BS.to(device, non_blocking=True),
             masks=self.masks and SpecMasks(*(m.to(device, non_blocking=True) for m in self.masks)),
+            frames=self.frames and self.frames.to(device),
         )
 
     @property

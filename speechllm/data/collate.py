@@ -1,17 +1,28 @@
 """Examples to one padded batch.
 
-Shape legend: B examples, S positions of the LLM, A audio segments, N samples at 16 kHz, G masks.
+Shape legend: B examples, S positions of the LLM, A audio segments, N samples at 16 kHz, G masks,
+T encoder frames of width D.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from speechllm.types import IGNORE, AudioSegment, Batch, Example, Segment, SpecMasks
+from speechllm.types import (
+    IGNORE,
+    AudioSegment,
+    Batch,
+    EncodedAudio,
+    Example,
+    Frames,
+    Segment,
+    SpecMasks,
+)
 
 
 def collate(
@@ -33,11 +44,11 @@ def collate(
         pad_left: padding goes before the examples, as generation needs it.
     """
     segments = [s for e in examples for s in e.segments if isinstance(s, AudioSegment)]
-    lengths = [len(segment.samples) for segment in segments]
-    audio_AN = _zeros_to_send(len(segments), max(lengths, default=0))
-    rows_AN = audio_AN.numpy()
-    for a, segment in enumerate(segments):
-        rows_AN[a, : lengths[a]] = segment.samples
+    lengths = [segment.num_samples for segment in segments]
+    frames = _padded_frames([segment.encoded for segment in segments])
+    audio_AN = _zeros_to_send((len(segments), 0 if frames else max(lengths, default=0)))
+    for row_N, segment in zip(audio_AN.numpy(), segments, strict=True):
+        row_N[: len(segment.samples)] = segment.samples
 
     counts = [[_positions(s, audio_tokens) for s in example.segments] for example in examples]
     shape = (len(examples), max(sum(of_row) for of_row in counts))
@@ -66,21 +77,41 @@ def collate(
         attention_mask_BS=torch.from_numpy(attention_mask_BS),
         labels_BS=torch.from_numpy(labels_BS),
         masks=_stacked([segment.masks for segment in segments]),
+        frames=frames,
     )
 
 
-def _zeros_to_send(rows: int, columns: int) -> torch.Tensor:
-    """int16 [rows, columns]. In a worker process in the memory through which tensors are sent
-    anyway, as torch's own collate function has it, so that it is not copied there once more."""
-    if get_worker_info() is None or not rows * columns:
-        return torch.zeros(rows, columns, dtype=torch.int16)
-    storage = torch.UntypedStorage._new_shared(2 * rows * columns)
-    return torch.empty(0, dtype=torch.int16).set_(storage).view(rows, columns)
+def _padded_frames(encoded: Sequence[EncodedAudio | None]) -> Frames | None:
+    """None where samples are there instead, which goes for all segments of a batch or for none."""
+    given = [one for one in encoded if one is not None]
+    assert len(given) in (0, len(encoded)), "audio of a batch is encoded as a whole or not at all"
+    if not given:
+        return None
+    is_int8 = given[0].scales_T is not None
+    shape = (len(given), max(len(one.values_TD) for one in given))
+    width = given[0].values_TD.shape[1]
+    values_ATD = _zeros_to_send((*shape, width), torch.int8 if is_int8 else torch.bfloat16)
+    bits_ATD = values_ATD.numpy() if is_int8 else values_ATD.view(torch.int16).numpy()
+    scales_AT = np.zeros(shape, dtype=np.float32)
+    for a, one in enumerate(given):
+        bits_ATD[a, : len(one.values_TD)] = one.values_TD
+        if one.scales_T is not None:
+            scales_AT[a, : len(one.scales_T)] = one.scales_T
+    return Frames(values_ATD, torch.from_numpy(scales_AT) if is_int8 else None)
+
+
+def _zeros_to_send(shape: Sequence[int], dtype: torch.dtype = torch.int16) -> torch.Tensor:
+    """In a worker process in the memory through which tensors are sent anyway, as torch's own
+    collate function has it, so that it is not copied there once more."""
+    if get_worker_info() is None or not math.prod(shape):
+        return torch.zeros(tuple(shape), dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
+    return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
 
 
 def _positions(segment: Segment, audio_tokens: Callable[[int], int]) -> int:
     if isinstance(segment, AudioSegment):
-        return int(audio_tokens(len(segment.samples)))
+        return int(audio_tokens(segment.num_samples))
     return len(segment.tokens)
 
 

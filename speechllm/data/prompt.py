@@ -70,7 +70,7 @@ class Prompter:
         """
         text = self._own_text(utterance) or self._configured_text(utterance.key, epoch, with_target)
         prefix, suffix = self.pieces(text)
-        segments: list[Segment] = [AudioSegment(utterance.samples)]
+        segments: list[Segment] = [AudioSegment(utterance.samples, encoded=utterance.encoded)]
         if prefix:
             segments.insert(0, TextSegment(prefix))
         if suffix:

@@ -18,8 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from speechllm.model.adapt import lora_dropouts
 from speechllm.model.ctc import CTCHead
+from speechllm.model.frontend import num_frames
 from speechllm.model.loss import label_loss
-from speechllm.types import IGNORE, Batch, LossSums, Objective, SpecMasks
+from speechllm.types import IGNORE, Batch, Frames, LossSums, Objective, SpecMasks
 
 
 class SpeechLLM(nn.Module):
@@ -87,7 +88,7 @@ class SpeechLLM(nn.Module):
         targets = [row_S[row_S != IGNORE] for row_S in batch.labels_BS]
         with self.autocast():
             tokens_AKW, counts_A = self.audio_tokens(
-                batch.audio_AN, batch.audio_lengths_A, batch.masks
+                batch.audio_AN, batch.audio_lengths_A, batch.masks, batch.frames
             )
             sums: LossSums = self.ctc_head(tokens_AKW, counts_A, targets)
             if not (torch.is_grad_enabled() and _trains(self.llm)):
@@ -119,7 +120,7 @@ class SpeechLLM(nn.Module):
             if len(batch.audio_AN) == 0:
                 return embeds_BSW
             tokens_AKW, counts_A = self.audio_tokens(
-                batch.audio_AN, batch.audio_lengths_A, batch.masks
+                batch.audio_AN, batch.audio_lengths_A, batch.masks, batch.frames
             )
             positions_K = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device)
             audio = tokens_AKW[positions_K < counts_A[:, None]]
@@ -129,9 +130,18 @@ class SpeechLLM(nn.Module):
             return flat.view_as(embeds_BSW)
 
     def audio_tokens(
-        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None = None
+        self,
+        audio_AN: Tensor,
+        lengths_A: Tensor,
+        masks: SpecMasks | None = None,
+        frames: Frames | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """int16 [A, N] and samples [A] -> audio tokens [A, K, W] and their counts [A]."""
+        """int16 [A, N] and samples [A] -> audio tokens [A, K, W] and their counts [A].
+
+        frames: what the encoder made of the samples, which are not looked at then.
+        """
+        if frames is not None:
+            return self.connector(frames.decoded(self.compute_dtype), num_frames(lengths_A))
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.encoder)):
             frames_ATD, counts_A = self.encoder(audio_AN, lengths_A, masks)
         return self.connector(frames_ATD, counts_A)
