@@ -15,6 +15,7 @@ from speechllm.config.model import Prompt
 from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import EpochPlan, PlanSettings, plan_epoch
 from speechllm.data.prompt import Prompter
+from speechllm.data.store import SILENCE
 from speechllm.errors import AudioError
 from speechllm.model.tiny import build_tiny_llm
 from speechllm.types import Batch, StepData, Utterance
@@ -33,6 +34,8 @@ class MemoryStore:
 
     def _location(self, i: int) -> SimpleNamespace:
         return SimpleNamespace(key=f"u{i}", shard=f"shard{i % 3}.tar")
+
+    silence = SILENCE
 
     def read(self, i: int) -> Utterance:
         if i in self.bad:

@@ -28,7 +28,6 @@ from speechllm.data.prompt import Prompter
 from speechllm.data.store import Store
 from speechllm.errors import DataError
 from speechllm.types import (
-    SAMPLE_RATE,
     STOP_SIGNALS,
     AudioSegment,
     BadUtterance,
@@ -39,8 +38,6 @@ from speechllm.types import (
     StepData,
     Utterance,
 )
-
-SILENCE = Utterance("", np.zeros(SAMPLE_RATE // 10, dtype=np.int16), "")
 
 AudioTokens = Callable[[int], int]
 
@@ -203,8 +200,8 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
             name = str(utterance.fields.get("id", utterance.key))
             references.append(Reference(number, name, utterance.text, utterance.duration))
         if not examples:
-            silence = self.prompter.example(SILENCE, 0, with_target=self.with_target)
-            examples.append(silence)
+            silence = self.store.silence
+            examples.append(self.prompter.example(silence, 0, with_target=self.with_target))
         microbatch = Microbatch(
             index=task.index,
             weight=1.0 if references else 0.0,

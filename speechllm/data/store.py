@@ -7,6 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
 from speechllm.data.audio import decode_audio
 from speechllm.data.cache import blocks_of
 from speechllm.data.files import local_path
@@ -14,7 +16,9 @@ from speechllm.data.index import Corpus, Location
 from speechllm.data.members import parse_metadata
 from speechllm.data.remote import Stat, fetch, stat
 from speechllm.errors import AudioError, DataError
-from speechllm.types import Utterance
+from speechllm.types import SAMPLE_RATE, Utterance
+
+SILENCE = Utterance("", np.zeros(SAMPLE_RATE // 10, dtype=np.int16), "")
 
 _OPEN_FILES = 128
 # Audio and metadata of a key usually stand side by side: one read, and one round trip, for both.
@@ -44,6 +48,11 @@ class Store:
         """Close the files kept open. Reading opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
+
+    @property
+    def silence(self) -> Utterance:
+        """What stands for utterances of which none could be read."""
+        return SILENCE
 
     def read(self, i: int) -> Utterance:
         """Utterance i.
