@@ -22,12 +22,12 @@ def test_a_tiny_configuration_trains_the_same(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     arguments = [TINY, f"data.train={shards}", "data.num_workers=0", "--steps", "3", "--json"]
-    assert main([*arguments, "--strategies", "ddp", "fsdp2"]) == 0
+    assert main([*arguments, "--strategies", "fsdp2"]) == 0
     output = capsys.readouterr()
     found = json.loads(output.out)
     assert found["steps"] == 3
     assert found["tolerance"]["max_loss_difference"] == 1e-5
-    assert found["strategies"].keys() == {"ddp", "fsdp2"}
+    assert found["strategies"].keys() == {"fsdp2"}
     for values in found["strategies"].values():
         assert values["within_tolerance"]
         assert 0 <= values["max_loss_difference"] < 1e-5
