@@ -78,19 +78,19 @@ def build_model(
             "Set precision=fp32 (or auto).",
             precision,
         )
-    frozen = torch.bfloat16
-    # On a CPU, layer norms of bf16 weights refuse the fp16 that autocast hands them.
-    fp16_on_cpu = precision == "fp16" and device.type == "cpu"
-    if precision == "fp32" or fp16_on_cpu or model.frozen_dtype == "fp32":
-        frozen = torch.float32
+    frozen = frozen_type(model, precision, device)
     llm = load_llm(model.llm, frozen, device, weights_on_meta=frozen_on_meta)
     # Read from the file: the model's own may be on meta, or another rank's.
     files = WeightFiles(resolve(model.llm.id, model.llm.revision))
     embeddings, width = _embeddings(llm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = _build_encoder(
-            model.encoder, model.unfreeze_encoder_layers, frozen, device, frozen_on_meta
+        encoder = build_encoder(
+            model.encoder,
+            frozen,
+            device,
+            unfrozen_layers=model.unfreeze_encoder_layers,
+            weights_on_meta=frozen_on_meta,
         )
         connector = build_connector(
             model.connector, encoder.width, width, out_rms=_rms(files, embeddings)
@@ -122,26 +122,39 @@ def bf16_is_fast(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _build_encoder(
+def frozen_type(
+    model: schema.Model, precision: Literal["fp32", "bf16", "fp16"], device: torch.device
+) -> torch.dtype:
+    """In which type frozen weights are stored."""
+    # On a CPU, layer norms of bf16 weights refuse the fp16 that autocast hands them.
+    fp16_on_cpu = precision == "fp16" and device.type == "cpu"
+    if precision == "fp32" or fp16_on_cpu or model.frozen_dtype == "fp32":
+        return torch.float32
+    return torch.bfloat16
+
+
+def build_encoder(
     cfg: schema.Encoder,
-    unfrozen: int,
     frozen: torch.dtype,
     device: torch.device,
-    on_meta: bool,
+    *,
+    unfrozen_layers: int = 0,
+    weights_on_meta: bool = False,
 ) -> WhisperFrames | FilterbankFrames:
+    """The encoder alone, its frozen weights of that type. Raises ModelError, as `build_model`."""
     match cfg.kind:
         case "whisper":
-            whisper = load_whisper_encoder(cfg, frozen, device, weights_on_meta=on_meta)
-            if unfrozen:
+            whisper = load_whisper_encoder(cfg, frozen, device, weights_on_meta=weights_on_meta)
+            if unfrozen_layers:
                 files = WeightFiles(resolve(cfg.id, cfg.revision))
-                unfreeze_last_layers(whisper, unfrozen, files, device)
+                unfreeze_last_layers(whisper, unfrozen_layers, files, device)
             frames = WhisperFrames(whisper, cfg.context)
             frames.log_mel.to(device)
             return frames
         case "fbank":
-            if unfrozen:
+            if unfrozen_layers:
                 raise ModelError(
-                    f"model.unfreeze_encoder_layers is {unfrozen}, but model.encoder.kind=fbank "
+                    f"model.unfreeze_encoder_layers is {unfrozen_layers}, but model.encoder.kind=fbank "
                     "has no layers and trains as a whole; set model.unfreeze_encoder_layers=0."
                 )
             return FilterbankFrames(cfg.mels, cfg.hidden_size).to(device)

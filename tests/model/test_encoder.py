@@ -12,7 +12,7 @@ import pytest
 from speech_models import CPU, noise
 
 from speechllm.config import model as schema
-from speechllm.model.build import _build_encoder
+from speechllm.model.build import build_encoder
 from speechllm.model.encoder import CHUNK_SAMPLES, FilterbankFrames, WhisperFrames
 
 FRAMES = (1, 2, 31, 50)
@@ -20,7 +20,7 @@ FRAMES = (1, 2, 31, 50)
 
 def whisper(context: Literal["trim", "pad30"] = "trim") -> WhisperFrames:
     cfg = schema.WhisperEncoder(id="random:whisper", context=context)
-    encoder = _build_encoder(cfg, 0, torch.float32, CPU, False)
+    encoder = build_encoder(cfg, torch.float32, CPU)
     assert isinstance(encoder, WhisperFrames)
     # Fresh Whisper weights leave the biases zero, and with them faults at the edges unseen.
     generator = torch.Generator().manual_seed(4)

@@ -9,7 +9,7 @@ import pytest
 from speech_models import CPU, noise
 
 from speechllm.config.model import WhisperEncoder
-from speechllm.model.build import _build_encoder
+from speechllm.model.build import build_encoder
 from speechllm.model.encoder import CHUNK_FRAMES, CHUNK_SAMPLES, FilterbankFrames
 from speechllm.model.frontend import LogMel
 from speechllm.model.specaugment import mask_features, masks_of_chunks, mean_of_rows
@@ -65,7 +65,7 @@ def test_masks_of_chunks_are_those_of_the_whole() -> None:
 
 
 def test_long_audio_is_masked_as_the_features_of_its_chunks() -> None:
-    encoder = _build_encoder(WhisperEncoder(id="random:whisper"), 0, torch.float32, CPU, False)
+    encoder = build_encoder(WhisperEncoder(id="random:whisper"), torch.float32, CPU)
     long = noise(CHUNK_SAMPLES + 32_000)
     audio_1N, lengths_1 = torch.from_numpy(long)[None], torch.tensor([len(long)])
     given = masks([[[2_900, 3_050]]], [[[0.5, 0.6]]])
