@@ -154,8 +154,9 @@ def build_encoder(
         case "fbank":
             if unfrozen_layers:
                 raise ModelError(
-                    f"model.unfreeze_encoder_layers is {unfrozen_layers}, but model.encoder.kind=fbank "
-                    "has no layers and trains as a whole; set model.unfreeze_encoder_layers=0."
+                    f"model.unfreeze_encoder_layers is {unfrozen_layers}, but "
+                    "model.encoder.kind=fbank has no layers and trains as a whole; set "
+                    "model.unfreeze_encoder_layers=0."
                 )
             return FilterbankFrames(cfg.mels, cfg.hidden_size).to(device)
 
