@@ -15,8 +15,9 @@ from speechllm.model.identity import missing
 from speechllm.planner.advice import config_name, job_of, machine_here, worst_parts
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.command import utterances_of
-from speechllm.prepare import Split, TextSide, open_split, prepare_text, settle_precision
+from speechllm.prepare import Split, TextSide, open_split, prepare_text
 from speechllm.preview import write_preview
+from speechllm.settle import settle
 from speechllm.training_data import epoch_plans, in_words, open_training
 
 GIB = 2**30
@@ -44,7 +45,7 @@ def check(config: Config, *, preview: Path | None = None) -> Findings:
     """
     findings = Findings()
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    config = settle_precision(config, torch.device("cuda" if on_gpu else "cpu"))
+    config = settle(config, torch.device("cuda" if on_gpu else "cpu"))
     absent = missing(config.model)
     for name in absent:
         findings.bad(name)

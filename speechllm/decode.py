@@ -29,9 +29,9 @@ from speechllm.prepare import (
     open_split,
     prepare_model,
     prepare_text,
-    settle_precision,
 )
 from speechllm.report.metrics import read_lines
+from speechllm.settle import settle
 from speechllm.strategy.build import build_strategy, frozen_weights
 from speechllm.world import World
 
@@ -112,7 +112,7 @@ def load_trained(
     """
     checkpoint = find_checkpoint(run, prefer=prefer)
     config = load_config(str(checkpoint / "config.yaml"), overrides)
-    config = settle_precision(config, world.device)
+    config = settle(config, world.device)
     text = prepare_text(config)
     if world.size > 1 and frozen_weights(config) != "whole":
         model = prepare_model(config, world.device, sharded=True)

@@ -11,6 +11,7 @@ from speechllm.data.plan import plan_in_order, rank_share
 from speechllm.decode import decode
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prepare import Split, TextSide
+from speechllm.transfer import Transfer
 from speechllm.wer import score
 from speechllm.world import World
 
@@ -53,18 +54,16 @@ def _loss(
         num_workers=config.data.num_workers,
         prefetch=config.data.prefetch,
     )
-    mine = np.zeros(4)
+    mine = torch.zeros(3, dtype=torch.float64, device=world.device)
+    heard = 0
+    to_device = Transfer(world.device)
     for (_, is_repeat), microbatch in zip(share, batches, strict=True):
         # A repeat is run all the same, so that the collectives of sharded strategies match.
-        sums = model(microbatch.batch.to(world.device))
+        sums = model(to_device(microbatch.batch))
         if not is_repeat and microbatch.weight > 0:
-            mine += [
-                float(sums.loss),
-                float(sums.correct),
-                float(sums.tokens),
-                microbatch.utterances,
-            ]
-    loss, correct, tokens, utterances = world.sum(mine.tolist())
+            mine += torch.stack([value.double() for value in sums])
+            heard += microbatch.utterances
+    loss, correct, tokens, utterances = world.sum([*mine.tolist(), heard])
     return {
         "loss": loss / max(tokens, 1),
         "token_accuracy": correct / max(tokens, 1),

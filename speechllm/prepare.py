@@ -25,7 +25,7 @@ from speechllm.data.selection import CostSettings, Selection, populate
 from speechllm.data.store import Store
 from speechllm.errors import ConfigError, DataError
 from speechllm.log import logger
-from speechllm.model.build import AudioTokens, audio_token_counter, bf16_is_fast, build_model
+from speechllm.model.build import AudioTokens, audio_token_counter, build_model
 from speechllm.model.pretrained import load_tokenizer
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.strategy.build import frozen_weights, loading
@@ -55,13 +55,6 @@ class Split:
     hours: float  # of audio that is used
     table: PlanTable
     mixture: Mixture | None = None
-
-
-def settle_precision(config: Config, device: torch.device) -> Config:
-    """The configuration with `precision: auto` replaced by what suits the device."""
-    if config.precision != "auto":
-        return config
-    return config.model_copy(update={"precision": "bf16" if bf16_is_fast(device) else "fp32"})
 
 
 def prepare_text(config: Config) -> TextSide:
@@ -101,7 +94,7 @@ def prepare_model(
 
     Raises ModelError, ConfigError.
     """
-    assert config.precision != "auto", "settle_precision comes first"
+    assert config.precision != "auto", "settle comes first"
     if training and config.train.compile and frozen_weights(config) == "partitioned":
         raise ConfigError(
             "train.compile does not work with DeepSpeed's stage 3, which fetches and frees weights "
@@ -116,7 +109,7 @@ def prepare_model(
             seed=config.seed,
             ctc=ctc,
             frozen_on_meta=sharded and frozen_weights(config) == "meta",
-            activation_checkpointing=training and config.train.activation_checkpointing,
+            activation_checkpointing=training and config.train.activation_checkpointing is True,
             compile_layers=training and config.train.compile,
         )
 
@@ -176,9 +169,13 @@ def open_cache(config: Config) -> BlockCache | None:
 
 
 def plan_settings(config: Config) -> PlanSettings:
+    """Under `preset: plain` the budget counts utterances, each of which costs one."""
+    plain = config.performance.preset == "plain"
     return PlanSettings(
         seed=config.seed,
-        microbatch_tokens=config.data.microbatch_tokens,
+        microbatch_tokens=(
+            config.performance.plain_utterances if plain else config.data.microbatch_tokens
+        ),
         microbatches_per_step=config.data.microbatches_per_step,
         window=config.data.window,
     )

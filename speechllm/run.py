@@ -28,6 +28,7 @@ from speechllm.lease import lease_of_environment
 from speechllm.log import close_logging, logger, set_up_logging
 from speechllm.model.identity import identity
 from speechllm.model.speech_llm import SpeechLLM
+from speechllm.planner.workload import of_split
 from speechllm.prepare import (
     Split,
     TextSide,
@@ -38,6 +39,7 @@ from speechllm.prepare import (
 from speechllm.report.metrics import Metrics
 from speechllm.report.progress import ProgressLine
 from speechllm.report.status import RunStatus
+from speechllm.settle import settle
 from speechllm.strategy.base import Strategy
 from speechllm.strategy.build import build_strategy
 from speechllm.training_data import (
@@ -73,7 +75,8 @@ class Run:
 
 
 def open_run(config: Config, world: World, stack: ExitStack) -> Run:
-    """Everything up to the first step; what must be closed is left with `stack`.
+    """Everything up to the first step; what must be closed is left with `stack`. The run's
+    configuration is a settled one, whatever `config` leaves to choose.
 
     Raises ConfigError, DataError, ModelError or CheckpointError.
     """
@@ -82,9 +85,16 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     stack.callback(close_logging)
     text = prepare_text(config)
     train, validation = _open_data(config, text)
+    checkpoint = _newest(directory, world)
+    config = settle(
+        config,
+        world.device,
+        world,
+        utterances=of_split(config, train, text),
+        recorded=checkpoint.path / "config.yaml" if checkpoint is not None else None,
+    )
     plan_of = epoch_plans(config, train)
     about = identity(config.model, text.tokenizer) | _meaning(config) | data_identity(config, train)
-    checkpoint = _newest(directory, world)
     if checkpoint is not None:
         refuse_other_identity(checkpoint.identity, about, checkpoint.path)
     ctc = config.train.ctc_steps > 0
@@ -242,10 +252,12 @@ def _say_what_runs(
         "%d rank(s) on %s, %s; %.1f M parameters train, %.1f M are frozen",
         world.size, world.device.type, config.precision, trained / 1e6, frozen / 1e6,
     )  # fmt: skip
+    plain = config.performance.preset == "plain"  # whose plan knows no lengths
     logger.info(
-        "%d utterances, %.2f h; an epoch is %d steps of %d microbatches, padding %.1f %%",
-        len(kept), train.hours, plan.num_steps,
-        config.data.microbatches_per_step, 100 * plan.padding_fraction,
+        "%d utterances, %.2f h; an epoch is %d steps of %d microbatches, %s",
+        len(kept), train.hours, plan.num_steps, config.data.microbatches_per_step,
+        f"{config.performance.plain_utterances} utterances in each" if plain
+        else f"padding {100 * plan.padding_fraction:.1f} %",
     )  # fmt: skip
     for line in in_words(train):
         logger.info("%s", line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from speechllm.errors import DataError
 from speechllm.strategy.base import Strategy
-from speechllm.types import Objective, StepData
+from speechllm.transfer import Transfer
+from speechllm.types import Batch, Objective, StepData
 from speechllm.world import World
 
 
@@ -33,11 +35,12 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's sums, still on the device, and the norm of the gradient of all ranks."""
+    """This rank's sums and the norm of the gradient of all ranks, which may all still be on the
+    device: to read one waits for it."""
 
     loss: Tensor
     correct: Tensor
-    grad_norm: float
+    grad_norm: Tensor | float
 
 
 def agree(data: StepData, world: World, *, stop: bool) -> StepTotals:
@@ -75,18 +78,22 @@ def run_step(
     seed: int,
     step: int,
     device: torch.device,
+    transfer: Callable[[Batch], Batch] | None = None,
 ) -> StepResult:
     """Forward and backward of this rank's microbatches, then one update.
 
     The loss is the sum of cross entropies over the target tokens of the whole step, so it does not
-    depend on how they fall into microbatches or ranks.
+    depend on how they fall into microbatches or ranks. Nothing here waits for the device.
+
+    transfer: brings a batch to the device; without one it is copied in line.
     """
+    to_device = transfer or Transfer(device)
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), device=device)
     for number, microbatch in enumerate(data.microbatches):
         torch.manual_seed(dropout_seed(seed, step, microbatch.index))
         with strategy.microbatch(last=number == len(data.microbatches) - 1):
-            sums = strategy.model(microbatch.batch.to(device), objective)
+            sums = strategy.model(to_device(microbatch.batch), objective)
             strategy.backward(sums.loss * (microbatch.weight / max(totals.target_tokens, 1)))
         loss_sum += sums.loss.detach() * microbatch.weight
         correct += sums.correct.detach() * microbatch.weight

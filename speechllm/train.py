@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from speechllm.checkpoint import Progress
 from speechllm.config.load import dump_config
@@ -13,14 +13,16 @@ from speechllm.config.schema import Config
 from speechllm.data.plan import EpochPlan
 from speechllm.evaluate import evaluate
 from speechllm.failure import FailureReport
+from speechllm.garbage import CollectedBySteps
 from speechllm.log import logger
 from speechllm.optim import learning_rate, phase_of
 from speechllm.planner.probe import probe
-from speechllm.prepare import Split, settle_precision
+from speechllm.prepare import Split
 from speechllm.report.status import State
 from speechllm.run import Run, open_run, run_directory
 from speechllm.step import StepResult, StepTotals, agree, refuse_too_many_bad, run_step
 from speechllm.stop import StopSignals, deadline_of_environment
+from speechllm.transfer import Transfer
 from speechllm.types import Objective, StepData
 from speechllm.world import World
 
@@ -38,7 +40,7 @@ def train(config: Config, world: World, *, probe_first: bool = False) -> int:
         directory = run_directory(config)
         failures = FailureReport(directory / "failures", world, log=directory / "train.log")
         stack.enter_context(failures)
-        run = open_run(settle_precision(config, world.device), world, stack)
+        run = open_run(config, world, stack)
         if probe_first:
             probe(run)
         return _loop(run, stop)
@@ -51,8 +53,10 @@ def _loop(run: Run, stop: StopSignals) -> int:
         _say(run, "done")
         return DONE
     _say(run, "running")
-    clock = Clock()
-    with closing(run.loader.steps(progress.epoch, progress.epoch_step)) as steps:
+    transfer = Transfer(world.device)
+    steps_ahead = run.loader.steps(progress.epoch, progress.epoch_step)
+    with closing(steps_ahead) as steps, CollectedBySteps() as garbage:
+        clock = Clock()
         for data in steps:
             clock.data_arrived()
             totals = agree(data, world, stop=stop.received is not None)
@@ -70,12 +74,15 @@ def _loop(run: Run, stop: StopSignals) -> int:
             lr = phase.lr_scale * learning_rate(phase.step, config.optim, phase.steps)
             result = run_step(
                 run.strategy, data, totals, objective=phase.objective, lr=lr, seed=config.seed,
-                step=progress.step, device=world.device,
+                step=progress.step, device=world.device, transfer=transfer,
             )  # fmt: skip
             _advance(progress, data, plan)
+            logged = _due(run, config.train.log_every)
+            found = _read(run, result, totals) if logged else None  # waits for the device
+            garbage.collect(everything=logged)
             clock.step_done(totals)
-            if _due(run, config.train.log_every):
-                _log(run, data, totals, result, phase.objective, lr, clock)
+            if found is not None:
+                _log(run, data, totals, found, phase.objective, lr, clock)
             improved = False
             if run.validation is not None and _due(run, config.evaluation.every):
                 improved = _evaluate(run, run.validation)
@@ -162,30 +169,43 @@ def _advance(progress: Progress, data: StepData, plan: EpochPlan) -> None:
         progress.epoch, progress.epoch_step, progress.bad_in_epoch = data.epoch + 1, 0, 0
 
 
+@dataclass(frozen=True)
+class _Found:
+    """What a step came to, on the host. loss: nats a target token; None of it is this rank's."""
+
+    loss: float
+    token_accuracy: float
+    grad_norm: float
+
+
+def _read(run: Run, result: StepResult, totals: StepTotals) -> _Found:
+    loss, correct = run.world.sum([float(result.loss), float(result.correct)])
+    tokens = max(totals.target_tokens, 1)
+    return _Found(loss / tokens, correct / tokens, float(result.grad_norm))
+
+
 def _log(
     run: Run,
     data: StepData,
     totals: StepTotals,
-    result: StepResult,
+    found: _Found,
     objective: Objective,
     lr: float,
     clock: Clock,
 ) -> None:
-    loss, correct = run.world.sum([float(result.loss), float(result.correct)])
-    if not math.isfinite(result.grad_norm):
+    if not math.isfinite(found.grad_norm):
         logger.warning("step %d: the gradient is not finite; no update", run.progress.step)
     if run.metrics is None:
         return
     rates = clock.read()
-    loss /= max(totals.target_tokens, 1)
     values = {
         "step": run.progress.step,
         "epoch": data.epoch,
         "objective": objective,
-        "loss": loss,
-        "token_accuracy": correct / max(totals.target_tokens, 1),
+        "loss": found.loss,
+        "token_accuracy": found.token_accuracy,
         "lr": lr,
-        "grad_norm": result.grad_norm,
+        "grad_norm": found.grad_norm,
         "target_tokens": totals.target_tokens,
         "utterances": totals.utterances,
         "audio_seconds": round(totals.audio_seconds, 3),
@@ -194,7 +214,7 @@ def _log(
         **rates,
     }
     left = (run.config.train.steps - run.progress.step) * rates["step_seconds"]
-    _say(run, "running", None, epoch=data.epoch, loss=loss, eta_seconds=left, **rates)
+    _say(run, "running", None, epoch=data.epoch, loss=found.loss, eta_seconds=left, **rates)
     run.metrics.training(values)
     run.line.update(values)
 

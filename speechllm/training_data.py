@@ -61,20 +61,25 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
     """The plan of each epoch; the last two are remembered."""
     settings, speed = plan_settings(config), config.data.augmentation.speed
     corpus, kept = split.corpus, split.selection.kept
+    plain = config.performance.preset == "plain"
+    own_costs, table = split.costs, split.table
+    if plain:  # batches of so many utterances, whatever their lengths, in random order
+        own_costs = np.ones_like(split.costs)
+        table = plan_table(corpus.shard_sizes, own_costs, kept, settings.microbatch_tokens)
 
-    def plain(epoch: int) -> EpochPlan:
-        return plan_epoch(corpus.shard_sizes, split.costs, kept, settings, epoch, split.table)
+    def usual(epoch: int) -> EpochPlan:
+        return plan_epoch(corpus.shard_sizes, own_costs, kept, settings, epoch, table)
 
-    if split.mixture is None and not speed.probability:
-        return lru_cache(maxsize=2)(plain)
+    if split.mixture is None and (plain or not speed.probability):
+        return lru_cache(maxsize=2)(usual)
 
     @cache
     def hashes() -> np.ndarray:
         return hash_keys(corpus.column("key"))
 
     def arrays(epoch: int) -> dict[str, np.ndarray]:
-        costs, taken, sizes = split.costs, kept, corpus.shard_sizes
-        if speed.probability:
+        costs, taken, sizes = own_costs, kept, corpus.shard_sizes
+        if speed.probability and not plain:
             rates = speed_rates(speed, config.seed, epoch, hashes())
             costs = costs_at(corpus, audio_token_counter(config.model), split.cost_settings, rates)
         if split.mixture is not None:
@@ -88,7 +93,7 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
         if len(corpus) < SHARED_UTTERANCES:
             found = arrays(epoch)
         else:
-            facts = [data_identity(config, split), repr(split.cost_settings), epoch]
+            facts = [data_identity(config, split), repr(split.cost_settings), epoch, plain]
             key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
             found = shared_arrays("epoch", key, lambda: arrays(epoch))
         table = PlanTable(found["bounds"], found["rows"], found["counts"])

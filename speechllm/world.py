@@ -34,10 +34,11 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The element-wise sum over all ranks, in double precision. One collective."""
+        """The element-wise sum over all ranks, in double precision. One collective, of the hosts:
+        it waits for no device."""
         if self.size == 1:
             return [float(value) for value in values]
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total)
         return [float(value) for value in total.tolist()]
 

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from speechllm.config.section import Section
 
+# What `preset: plain` comes to in the keys that it decides.
+PLAIN = {"prefix_cache": "off", "packing": "off", "label_logits": False}
+
 
 class Performance(Section):
     preset: Literal["full", "plain"] = Field(
@@ -49,10 +52,16 @@ class Performance(Section):
     @model_validator(mode="after")
     def _plain_is_plain(self) -> Performance:
         switched = sorted(self.model_fields_set - {"preset", "plain_utterances"})
-        changed = [k for k in switched if getattr(self, k) != type(self).model_fields[k].default]
+        changed = [k for k in switched if getattr(self, k) not in _under_plain(k)]
         if self.preset == "plain" and changed:
             raise ValueError(
                 f"preset: plain goes without shortcuts, and {', '.join(changed)} would change one; "
                 "remove the key or set preset: full"
             )
         return self
+
+
+def _under_plain(key: str) -> tuple[object, ...]:
+    """The default, and what a run that has settled its configuration writes in its place."""
+    default = Performance.model_fields[key].default
+    return default, PLAIN.get(key, default)

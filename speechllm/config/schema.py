@@ -47,10 +47,11 @@ class Train(Section):
     checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
     keep_last: int = Field(1, ge=1, description="Newest checkpoints kept for resuming.")
     keep_best: int = Field(1, ge=0, description="Best checkpoints kept besides.")
-    activation_checkpointing: bool = Field(
-        False,
+    activation_checkpointing: Literal["auto"] | bool = Field(
+        "auto",
         description="Run layers of encoder and LLM again in the backward in place of keeping their "
-        "activations: less memory, about a third more time.",
+        "activations: less memory, about a third more time. `auto`: where `speechllm plan`'s "
+        "estimate does not fit into the memory without it.",
     )
     compile: bool = Field(
         False, description="torch.compile of the layers of encoder and LLM; slow first steps."
@@ -130,8 +131,8 @@ class Config(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Compute. What trains keeps fp32 master weights in any; fp16 scales the loss "
-        "and finds the scale by itself. `auto`: bf16 where the device multiplies it in hardware, "
-        "else fp32; the run's config.yaml says which.",
+        "and finds the scale by itself. `auto`: bf16 where the device multiplies it in hardware "
+        "and, on a CPU, is measured to be no slower than fp32; the run's config.yaml says which.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="`auto`: the GPU of the local rank where there is one."

@@ -7,6 +7,7 @@ as long as the iterator.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import threading
@@ -298,6 +299,7 @@ def _signals_held() -> Iterator[None]:
 
 
 def _begin_worker(worker: int) -> None:
+    gc.enable()  # whatever the training loop, from which it is forked, has done with its own
     _keep_freed_memory()
     _outlive_signals()
 

@@ -93,6 +93,15 @@ def load_whisper_encoder(
     )
 
 
+def usual_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The kernel to take where nothing was measured, by the type of the LLM's weights.
+
+    In bf16 on CPU, sdpa's backward takes a third of the training step at these lengths; in fp32
+    sdpa is the faster one (6.8 against 5.9 utterances a second, AVX2, two cores).
+    """
+    return "eager" if device.type == "cpu" and dtype == torch.bfloat16 else "sdpa"
+
+
 def load_llm(
     cfg: schema.LLM, dtype: torch.dtype, device: torch.device, *, weights_on_meta: bool = False
 ) -> PreTrainedModel:
@@ -101,12 +110,7 @@ def load_llm(
     Raises:
         ModelError: it cannot be found or read, or does not hold the weights it should.
     """
-    attention = cfg.attention
-    if attention == "auto":
-        # In bf16 on CPU, sdpa's backward takes a third of the training step at these lengths; in
-        # fp32 sdpa is the faster one (6.8 against 5.9 utterances a second, AVX2, two cores).
-        slow_sdpa = device.type == "cpu" and dtype == torch.bfloat16
-        attention = "eager" if slow_sdpa else "sdpa"
+    attention = cfg.attention if cfg.attention != "auto" else usual_attention(device, dtype)
     directory = resolve(cfg.id, cfg.revision)
     config = _load_config(directory)
     if config.is_encoder_decoder:
@@ -162,13 +166,18 @@ def _without_weights(
             lacking.append(f"{aliases[0]} {tuple(parameter.shape)}")
     if lacking:
         raise _lacking(directory, model, sorted(lacking), f" If they are right, {UNSHARDED}.")
+    ready_buffers(model, device)
+    for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
+        model.get_buffer(name).copy_(files.read(name))
+    return model.requires_grad_(False).eval()
+
+
+def ready_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Put the buffers of a model that was built on meta on `device`, with what belongs in them."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty_like(buffer, device=device))
     model.initialize_weights()  # computes the buffers; the parameters have nothing to be drawn into
-    for name in model.state_dict().keys() & dict(model.named_buffers()).keys():
-        model.get_buffer(name).copy_(files.read(name))
-    return model.requires_grad_(False).eval()
 
 
 def _lacking(directory: Path, model: nn.Module, names: list[str], remedy: str = "") -> ModelError:

@@ -139,7 +139,7 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
             frozen=frozen,
             attention="eager" if eager else "sdpa",
             on_cpu=machine.on_cpu,
-            checkpointing=config.train.activation_checkpointing,
+            checkpointing=config.train.activation_checkpointing is True,
             recasts=compute != frozen or precision == "fp16",
         ),
         ranks=machine.ranks,

@@ -83,9 +83,10 @@ class Strategy(Protocol):
     def backward(self, loss: Tensor) -> None:
         """`loss` is this rank's share of the step's loss; the shares of all ranks add up."""
 
-    def step(self, lr: float) -> float:
-        """Unscale, clip, update, zero. Returns the gradient norm before clipping; if that is not
-        finite, nothing is updated (but the loss scale of fp16, which then falls)."""
+    def step(self, lr: float) -> Tensor | float:
+        """Unscale, clip, update, zero. Returns the gradient norm before clipping, which may still
+        be on the device; if that is not finite, nothing is updated (but the loss scale of fp16,
+        which then falls)."""
 
     def full_state(self) -> TrainableState | None:
         """A copy of all that trains, on rank 0; None elsewhere. A collective."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +28,6 @@ class DDPStrategy:
         self.optimizer = build_adamw(self.parameters, config.optim)
         self.max_grad_norm = config.optim.max_grad_norm
         self.loss_scale = LossScale(config.precision)
-        self.updates = 0
         self.world = world
         self.model: nn.Module = model
         if world.size > 1:
@@ -55,19 +53,26 @@ class DDPStrategy:
         # DDP averages over ranks; the shares must be added.
         (loss * (self.world.size * self.loss_scale.value)).backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor | float:
         if self.loss_scale.moves:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
             torch._foreach_div_(gradients, self.loss_scale.value)
-        norm = float(clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.updates += 1
-        self.loss_scale.update(finite=math.isfinite(norm), updates=self.updates)
+        norm = clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # The fused update looks at this itself and does nothing, so the host need not know now.
+        self.optimizer.found_inf = 1 - norm.isfinite().float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.loss_scale.moves:
+            self.loss_scale.update(finite=bool(norm.isfinite()), updates=self.updates)
         self.optimizer.zero_grad()
         return norm
+
+    @property
+    def updates(self) -> int:
+        """That the optimizer has made. Reading it waits for the device."""
+        steps = [int(state["step"]) for state in self.optimizer.state.values()]
+        return max(steps, default=0)
 
     def full_state(self) -> TrainableState | None:
         if not self.world.is_main:
@@ -83,7 +88,7 @@ class DDPStrategy:
 
     @torch.no_grad()
     def load_full_state(self, state: TrainableState | None) -> None:
-        self.updates, scale = agree_to_load(state, self.parameters, self.world)
+        updates, scale = agree_to_load(state, self.parameters, self.world)
         self.loss_scale.load(scale)
         for name, parameter in self.parameters.items():
             moments = [torch.zeros_like(parameter), torch.zeros_like(parameter)]
@@ -93,7 +98,7 @@ class DDPStrategy:
                 moments[1].copy_(state.exp_avg_sq[name])
             self._broadcast([parameter, *moments])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.updates), device=self.world.device),
+                "step": torch.tensor(float(updates), device=self.world.device),
                 "exp_avg": moments[0],
                 "exp_avg_sq": moments[1],
             }

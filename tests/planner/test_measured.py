@@ -50,7 +50,7 @@ def predicted_and_measured(
         device=CPU,
         seed=1,
         ctc=config.train.ctc_steps > 0,
-        activation_checkpointing=config.train.activation_checkpointing,
+        activation_checkpointing=config.train.activation_checkpointing is True,
     )
     strategy = DDPStrategy(model, config, World(0, 1, 0, CPU))
     batch = batch_for(config, rows=rows, seconds=seconds, text=text)
