@@ -7,7 +7,8 @@ N samples at 16 kHz, G masks in time, H masks in frequency, T encoder frames of 
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -43,12 +44,12 @@ class EncodedAudio(NamedTuple):
     """What the encoder made of an utterance, as it is kept on disk.
 
     num_samples: at 16 kHz, of the audio. values_TD: int16, the bits of bf16 numbers; or int8, which
-    its row's scale multiplies. scales_T: fp32, of int8 only.
+    its column's scale multiplies. scales_D: fp32, of int8 only.
     """
 
     num_samples: int
     values_TD: np.ndarray
-    scales_T: np.ndarray | None = None
+    scales_D: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -119,22 +120,16 @@ class Example:
 
 class Frames(NamedTuple):
     """Encoder outputs of a batch's audio segments, zero padded; as many of a row as its samples
-    give. values_ATD: bf16, or int8, which scales_AT (fp32) multiply."""
+    give. values_ATD: bf16, or int8, which scales_AD (fp32) multiply."""
 
     values_ATD: Tensor
-    scales_AT: Tensor | None
-
-    def to(self, device: torch.device) -> Frames:
-        scales_AT = self.scales_AT
-        if scales_AT is not None:
-            scales_AT = scales_AT.to(device, non_blocking=True)
-        return Frames(self.values_ATD.to(device, non_blocking=True), scales_AT)
+    scales_AD: Tensor | None
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """[A, T, D] in that type."""
-        if self.scales_AT is None:
+        if self.scales_AD is None:
             return self.values_ATD.to(dtype)
-        return (self.values_ATD * self.scales_AT[..., None]).to(dtype)
+        return (self.values_ATD * self.scales_AD[:, None]).to(dtype)
 
 
 @dataclass
@@ -144,6 +139,9 @@ class Batch:
     Audio tokens fill the True positions of `audio_mask_BS` in row-major order, taking the audio
     segments (rows of `audio_AN`) in order; each row's number of tokens is what the connector's
     `out_length` says for its `audio_lengths_A`.
+
+    Places are indices into the flattened [B * S] and say again what masks and labels say; they and
+    what stands in tuples are made with the batch, so that no step has to ask the device for them.
     """
 
     keys: list[str]
@@ -153,26 +151,36 @@ class Batch:
     audio_mask_BS: Tensor  # bool
     attention_mask_BS: Tensor  # int64, 1 where there is something
     labels_BS: Tensor  # int64, IGNORE except on trained tokens; labels[t] is the token AT t
+    audio_places_K: Tensor  # int64, of the True positions of `audio_mask_BS`
+    audio_sources_K: Tensor  # int64, which token goes there, in [A, most tokens of any] flattened
+    label_places_L: Tensor  # int64, of the position before each trained token, which predicts it
+    targets_L: Tensor  # int64, these tokens
+    lengths: tuple[int, ...]  # of each row: positions that are no padding
+    audio_samples: tuple[int, ...]  # as `audio_lengths_A`
+    most_audio_tokens: int  # of any segment
+    opening: tuple[int, ...]  # of all rows, see `speechllm.data.prefix.opening`
+    pad_left: bool = False
     masks: SpecMasks | None = None  # of the audio segments; none where none has any
     frames: Frames | None = None  # of all audio segments, in place of samples: audio_AN has none
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            keys=self.keys,
-            audio_AN=self.audio_AN.to(device, non_blocking=True),
-            audio_lengths_A=self.audio_lengths_A.to(device, non_blocking=True),
-            tokens_BS=self.tokens_BS.to(device, non_blocking=True),
-            audio_mask_BS=self.audio_mask_BS.to(device, non_blocking=True),
-            attention_mask_BS=self.attention_mask_BS.to(device, non_blocking=True),
-            labels_BS=self.labels_BS.to(device, non_blocking=True),
-            masks=self.masks and SpecMasks(*(m.to(device, non_blocking=True) for m in self.masks)),
-            frames=self.frames and self.frames.to(device),
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """With every tensor changed, also those within a field."""
+        return replace(self, **{f.name: _map(getattr(self, f.name), change) for f in fields(self)})
 
     @property
     def num_target_tokens(self) -> int:
         """Positions that the loss sees: labels other than IGNORE, the first position excepted."""
-        return int((self.labels_BS[:, 1:] != IGNORE).sum())
+        return len(self.targets_L)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, SpecMasks | Frames):
+        return type(value)(*(_map(tensor, change) for tensor in value))
+    is_tensor = hasattr(value, "untyped_storage")  # asked so, it is not imported for this
+    return change(value) if is_tensor else value
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
+from speechllm.data.prefix import common_prefix, opening
 from speechllm.types import (
     IGNORE,
     AudioSegment,
@@ -68,6 +69,9 @@ def collate(
             tokens_BS[b, place] = part.tokens
             if part.trained:
                 labels_BS[b, place] = part.tokens
+    audio_counts = [int(audio_tokens(samples)) for samples in lengths]
+    label_places_L = np.flatnonzero(labels_BS[:, 1:] != IGNORE)
+    label_places_L += label_places_L // max(shape[1] - 1, 1)  # rows are S long, not S - 1
     return Batch(
         keys=[example.key for example in examples],
         audio_AN=audio_AN,
@@ -76,6 +80,15 @@ def collate(
         audio_mask_BS=torch.from_numpy(audio_mask_BS),
         attention_mask_BS=torch.from_numpy(attention_mask_BS),
         labels_BS=torch.from_numpy(labels_BS),
+        audio_places_K=torch.from_numpy(np.flatnonzero(audio_mask_BS)),
+        audio_sources_K=torch.from_numpy(_sources(audio_counts)),
+        label_places_L=torch.from_numpy(label_places_L),
+        targets_L=torch.from_numpy(labels_BS.ravel()[label_places_L + 1]),
+        lengths=tuple(sum(of_row) for of_row in counts),
+        audio_samples=tuple(lengths),
+        most_audio_tokens=max(audio_counts, default=0),
+        opening=common_prefix(map(opening, examples)),
+        pad_left=pad_left,
         masks=_stacked([segment.masks for segment in segments]),
         frames=frames,
     )
@@ -87,17 +100,13 @@ def _padded_frames(encoded: Sequence[EncodedAudio | None]) -> Frames | None:
     assert len(given) in (0, len(encoded)), "audio of a batch is encoded as a whole or not at all"
     if not given:
         return None
-    is_int8 = given[0].scales_T is not None
-    shape = (len(given), max(len(one.values_TD) for one in given))
-    width = given[0].values_TD.shape[1]
-    values_ATD = _zeros_to_send((*shape, width), torch.int8 if is_int8 else torch.bfloat16)
-    bits_ATD = values_ATD.numpy() if is_int8 else values_ATD.view(torch.int16).numpy()
-    scales_AT = np.zeros(shape, dtype=np.float32)
-    for a, one in enumerate(given):
-        bits_ATD[a, : len(one.values_TD)] = one.values_TD
-        if one.scales_T is not None:
-            scales_AT[a, : len(one.scales_T)] = one.scales_T
-    return Frames(values_ATD, torch.from_numpy(scales_AT) if is_int8 else None)
+    scales = [one.scales_D for one in given if one.scales_D is not None]
+    shape = (len(given), max(len(one.values_TD) for one in given), given[0].values_TD.shape[1])
+    values_ATD = _zeros_to_send(shape, torch.int8 if scales else torch.bfloat16)
+    bits_ATD = values_ATD.numpy() if scales else values_ATD.view(torch.int16).numpy()
+    for row_TD, one in zip(bits_ATD, given, strict=True):
+        row_TD[: len(one.values_TD)] = one.values_TD
+    return Frames(values_ATD, torch.from_numpy(np.stack(scales)) if scales else None)
 
 
 def _zeros_to_send(shape: Sequence[int], dtype: torch.dtype = torch.int16) -> torch.Tensor:
@@ -113,6 +122,11 @@ def _positions(segment: Segment, audio_tokens: Callable[[int], int]) -> int:
     if isinstance(segment, AudioSegment):
         return int(audio_tokens(segment.num_samples))
     return len(segment.tokens)
+
+
+def _sources(counts: Sequence[int]) -> np.ndarray:
+    """int64 [K]: where the tokens of all segments are in [A, most tokens of any], flattened."""
+    return np.flatnonzero(np.arange(max(counts, default=0)) < np.array(counts, ndmin=2).T)
 
 
 def _stacked(masks: Sequence[SpecMasks | None]) -> SpecMasks | None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 import jinja2
 
 from speechllm.config import model as schema
+from speechllm.data.prefix import common_prefix
 from speechllm.errors import ConfigError, DataError, ModelError
 from speechllm.types import AudioSegment, Example, Segment, TextSegment, Utterance
 
@@ -36,6 +37,7 @@ class Prompter:
             end of sequence. Trained, and where decoding stops.
         max_prompt_tokens: most tokens that prefix, suffix and end token take together for any of
             the configured texts.
+        prefix: tokens with which every example of the configured texts begins.
 
     Raises:
         ConfigError: chat is asked of a tokenizer without a template, or its template refuses.
@@ -56,6 +58,7 @@ class Prompter:
             )
         self.end_token_id = self._find_end_token()
         self.max_prompt_tokens = 1 + max(sum(map(len, self.pieces(text))) for text in prompt.texts)
+        self.prefix = common_prefix(self.pieces(text)[0] for text in prompt.texts)
 
     def example(self, utterance: Utterance, epoch: int, *, with_target: bool) -> Example:
         """The segments of one utterance.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from speechllm.config import model as schema
+from speechllm.config.performance import Performance
 from speechllm.errors import ModelError
 from speechllm.log import logger
 from speechllm.model.adapt import add_lora, unfreeze_last_layers
@@ -50,6 +52,8 @@ def build_model(
     precision: Literal["fp32", "bf16", "fp16"],
     device: torch.device,
     seed: int,
+    performance: Performance | None = None,
+    prefix: Sequence[int] = (),
     ctc: bool = False,
     frozen_on_meta: bool = False,
     activation_checkpointing: bool = False,
@@ -62,15 +66,16 @@ def build_model(
     and read straight into that type; buffers such as the rotary frequencies stay fp32. What trains
     is fp32, a function of `seed` alone, the caller's random state is left as it was.
 
-    `ctc` adds what the objective of that name needs: a copy of the LLM's token embeddings.
-    `frozen_on_meta` leaves the frozen weights without storage, for a strategy that reads its own
-    share of them from `speechllm.model.weights.WeightFiles`. `activation_checkpointing` and
-    `compile_layers` change neither names nor results.
+    `performance` asks for shortcuts; by default for all that hold. `prefix` is with what tokens the
+    run's examples begin. `ctc` adds what the objective of that name needs: a copy of the LLM's
+    token embeddings. `frozen_on_meta` leaves the frozen weights without storage, for a strategy
+    that reads its own share of them from `speechllm.model.weights.WeightFiles`.
+    `activation_checkpointing` and `compile_layers` change neither names nor results.
 
     Raises:
         ModelError: a model cannot be found or read, does not hold the weights it should, or cannot
             do what the configuration asks of it.
-        ConfigError: `compile_layers` without a C++ compiler.
+        ConfigError: `compile_layers` without a C++ compiler, a shortcut that cannot be had.
     """
     if precision != "fp32" and not bf16_is_fast(device):
         logger.warning(
@@ -107,6 +112,8 @@ def build_model(
         ctc_head=CTCHead(files.read(embeddings).to(device, frozen)) if ctc else None,
         checkpointed=_checkpointed_layers(encoder, llm) if activation_checkpointing else (),
         compiled=compile_layers,
+        performance=performance,
+        prefix=prefix,
     ).train()
 
 

@@ -6,6 +6,7 @@ Shape legend: A utterances, C chunks of at most 30 s, N samples at 16 kHz, F mel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -43,38 +44,48 @@ class WhisperFrames(nn.Module):
         return int(self.encoder.config.d_model)
 
     def forward(
-        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None = None
+        self,
+        audio_AN: Tensor,
+        lengths_A: Tensor,
+        masks: SpecMasks | None = None,
+        samples: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """int16 [A, N] and samples [A] (1 or more) -> frames [A, T, D] and frame counts [A].
 
         T is what N samples give; frames beyond a row's count are arbitrary. `masks` are put on the
-        log-mel features.
+        log-mel features. `samples` says on the host what `lengths_A` holds, so that the device need
+        not be asked.
         """
+        if samples is None:
+            samples = lengths_A.tolist()
         if audio_AN.shape[1] > CHUNK_SAMPLES:
             chunks_CN, chunk_lengths_C, used_C = _cut(audio_AN, lengths_A)
             if masks is not None:
                 masks = masks_of_chunks(masks, CHUNK_FRAMES, used_C)
-            frames_CTD, counts_C = self._encode(chunks_CN, chunk_lengths_C, masks)
+            # The last chunk of a row is shorter than the others of a batch, but for chance.
+            frames_CTD, counts_C = self._encode(chunks_CN, chunk_lengths_C, masks, ragged=True)
             return _join(frames_CTD, counts_C, num_frames(lengths_A), num_frames(audio_AN.shape[1]))
-        return self._encode(audio_AN, lengths_A, masks)
+        ragged = len(set(map(num_frames, samples))) > 1
+        return self._encode(audio_AN, lengths_A, masks, ragged=ragged)
 
     def _encode(
-        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None
+        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None, *, ragged: bool
     ) -> tuple[Tensor, Tensor]:
         counts_A = num_frames(lengths_A)
         if self.context == "trim":
             mel_AFM, seen_A = self.log_mel(audio_AN, lengths_A)
             mel_AFM = _masked(mel_AFM, seen_A, masks)
-            return self._transformer(mel_AFM, seen_A), counts_A
+            return self._transformer(mel_AFM, seen_A, ragged=ragged), counts_A
         positions_N = torch.arange(audio_AN.shape[1], device=audio_AN.device)
         audio_AN = audio_AN.masked_fill(positions_N >= lengths_A[:, None], 0)
         padded_AN = functional.pad(audio_AN, (0, CHUNK_SAMPLES - audio_AN.shape[1]))
         mel_AFM, seen_A = self.log_mel(padded_AN, torch.full_like(lengths_A, CHUNK_SAMPLES))
-        frames_ATD = self._transformer(_masked(mel_AFM, seen_A, masks), seen_A)
+        frames_ATD = self._transformer(_masked(mel_AFM, seen_A, masks), seen_A, ragged=False)
         return frames_ATD[:, : num_frames(audio_AN.shape[1])], counts_A
 
-    def _transformer(self, mel_AFM: Tensor, counts_A: Tensor) -> Tensor:
-        """Features and their frame counts -> frames; rows' padding is never attended to.
+    def _transformer(self, mel_AFM: Tensor, counts_A: Tensor, *, ragged: bool) -> Tensor:
+        """Features and their frame counts -> frames; rows' padding, where the counts differ
+        (`ragged`), is never attended to.
 
         The convolutions need no mask: features beyond a row's count are zero like a convolution's
         own padding, and a row's last frame ends with its last feature.
@@ -85,9 +96,9 @@ class WhisperFrames(nn.Module):
         positions_T = torch.arange(x_ATD.shape[1], device=x_ATD.device)
         x_ATD = x_ATD + encoder.embed_positions(positions_T)
         x_ATD = functional.dropout(x_ATD, p=encoder.dropout, training=self.training)
-        padding_AT = positions_T >= counts_A[:, None]
         mask_A11T = None
-        if padding_AT.any():
+        if ragged:
+            padding_AT = positions_T >= counts_A[:, None]
             lowest = torch.finfo(x_ATD.dtype).min
             mask_A11T = x_ATD.new_zeros(padding_AT.shape).masked_fill_(padding_AT, lowest)
             mask_A11T = mask_A11T[:, None, None]
@@ -114,7 +125,11 @@ class FilterbankFrames(nn.Module):
         return self.projection.out_features
 
     def forward(
-        self, audio_AN: Tensor, lengths_A: Tensor, masks: SpecMasks | None = None
+        self,
+        audio_AN: Tensor,
+        lengths_A: Tensor,
+        masks: SpecMasks | None = None,
+        samples: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """int16 [A, N] and samples [A] (1 or more) -> frames [A, T, D] and frame counts [A].
 

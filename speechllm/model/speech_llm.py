@@ -6,20 +6,25 @@ T frames, K audio tokens, L trained positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from speechllm.config.performance import Performance
 from speechllm.model.adapt import lora_dropouts
 from speechllm.model.ctc import CTCHead
+from speechllm.model.decoding import Decoding, decode
+from speechllm.model.decoding_cache import KeysValues
 from speechllm.model.frontend import num_frames
-from speechllm.model.loss import label_loss
+from speechllm.model.layers import transformer_layers
+from speechllm.model.plain import plain_loss
+from speechllm.model.shortcuts import choose
 from speechllm.types import IGNORE, Batch, Frames, LossSums, Objective, SpecMasks
 
 
@@ -32,6 +37,8 @@ class SpeechLLM(nn.Module):
     checkpointed: layers of transformers that drop their activations and compute them again, which
         they do only where their own `training` is set.
     compiled: some modules are, by torch.compile; they run so in training only.
+    performance: the shortcuts asked for; ConfigError where one cannot be had.
+    prefix: tokens with which the run's examples begin.
     """
 
     sharded = False
@@ -46,6 +53,8 @@ class SpeechLLM(nn.Module):
         ctc_head: CTCHead | None = None,
         checkpointed: Sequence[nn.Module] = (),
         compiled: bool = False,
+        performance: Performance | None = None,
+        prefix: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -55,6 +64,12 @@ class SpeechLLM(nn.Module):
         self.ctc_head = ctc_head
         self.checkpointed = tuple(checkpointed)
         self.compiled = compiled
+        device = next(connector.parameters()).device
+        self.shortcuts = choose(performance or Performance(), llm, tuple(prefix), device)
+        for layer in transformer_layers(llm):
+            assert isinstance(layer, GradientCheckpointingLayer)
+            # The only cache that training knows is one that layers read and do not write.
+            layer._can_checkpoint_with_cache = True
         self.train(self.training)
 
     def forward(self, batch: Batch, objective: Objective = "lm") -> LossSums:
@@ -67,19 +82,19 @@ class SpeechLLM(nn.Module):
             return self._ctc(batch) if objective == "ctc" else self._lm(batch)
 
     def _lm(self, batch: Batch) -> LossSums:
-        keep_BS = functional.pad(batch.labels_BS[:, 1:] != IGNORE, (0, 1))
-        labels_L = batch.labels_BS.roll(-1, dims=1)[keep_BS]
         with self.autocast():
-            # The output matrix runs on the trained positions only: with a vocabulary of 50 to 130
-            # thousand, logits of every position cost more memory than all the rest.
-            logits_LV = self.llm(
-                inputs_embeds=self.inputs_embeds(batch),
-                attention_mask=batch.attention_mask_BS,
-                position_ids=position_ids(batch.attention_mask_BS),
-                use_cache=False,
-                logits_to_keep=keep_BS,
-            ).logits
-        return label_loss(logits_LV, labels_L)
+            if self.shortcuts.plain:
+                return plain_loss(self.llm, self.inputs_embeds(batch), batch)
+            self.compute_prefix()
+            layout, cache = self.shortcuts.lay_out(batch)
+            embeds_RCW = self._embeds(batch, layout.tokens_RC, layout.audio_places_K)
+            return self.shortcuts.loss(self.llm, embeds_RCW, layout, cache, batch.targets_L)
+
+    def compute_prefix(self) -> None:
+        """Keys and values of the run's prefix, on the first call; where weights are sharded, by all
+        ranks together."""
+        with self.autocast():
+            self.shortcuts.prefix.compute(self.llm, self.device)
 
     def _ctc(self, batch: Batch) -> LossSums:
         assert self.ctc_head is not None, "built without a CTC head"
@@ -98,36 +113,51 @@ class SpeechLLM(nn.Module):
             logits = self.llm(inputs_embeds=one_position_11W, use_cache=False).logits
             return sums._replace(loss=sums.loss + 0 * logits.float().sum())
 
-    def generate(self, batch: Batch, settings: GenerationConfig) -> Tensor:
-        """New token ids [B, at most max_new_tokens] after prompts that are padded on the left.
-
-        Where weights are sharded, the ranks go on together until the last of them is done.
-        """
-        llm: Any = self.llm  # `generate` comes with every causal LLM, but not with its base class
+    def generate(
+        self, batch: Batch, settings: Decoding, any_rank: Callable[[bool], bool] | None = None
+    ) -> list[list[int]]:
+        """What follows each prompt, see `speechllm.model.decoding.decode`; the prompts are padded
+        on the left. any_rank: needed where weights are sharded."""
+        assert self.sharded == (any_rank is not None)
+        plain = settings.plain or self.shortcuts.plain
         with self.autocast(), self._stance():
-            ids_BS: Tensor = llm.generate(
-                inputs_embeds=self.inputs_embeds(batch),
-                attention_mask=batch.attention_mask_BS,
-                generation_config=settings,
-                synced_gpus=self.sharded,
+            prefix = () if plain else self._prefix_of(batch)
+            return decode(
+                self.llm,
+                self.inputs_embeds(batch),
+                batch.attention_mask_BS,
+                replace(settings, plain=plain),
+                prefix=prefix,
+                any_rank=any_rank,
             )
-        return ids_BS
+
+    def _prefix_of(self, batch: Batch) -> Sequence[KeysValues]:
+        """Keys and values of what all rows begin with, as far as it is the run's prefix."""
+        self.compute_prefix()
+        # Something must be left of each row, for the LLM to say what follows.
+        length = min(self.shortcuts.prefix.length(batch.opening), min(batch.lengths) - 1)
+        if length <= 0:
+            return ()
+        return self.shortcuts.prefix.keys_values(length)
 
     def inputs_embeds(self, batch: Batch) -> Tensor:
         """Embeddings [B, S, W] of text, with the audio tokens put where `audio_mask_BS` is."""
         with self.autocast():
-            embeds_BSW = self.llm.get_input_embeddings()(batch.tokens_BS)
-            if len(batch.audio_AN) == 0:
-                return embeds_BSW
-            tokens_AKW, counts_A = self.audio_tokens(
-                batch.audio_AN, batch.audio_lengths_A, batch.masks, batch.frames
-            )
-            positions_K = torch.arange(tokens_AKW.shape[1], device=tokens_AKW.device)
-            audio = tokens_AKW[positions_K < counts_A[:, None]]
-            places = batch.audio_mask_BS.flatten().nonzero().squeeze(1)
-            assert len(audio) == len(places), f"{len(audio)} audio tokens, {len(places)} places"
-            flat = embeds_BSW.flatten(0, 1).index_copy(0, places, audio.to(embeds_BSW.dtype))
-            return flat.view_as(embeds_BSW)
+            return self._embeds(batch, batch.tokens_BS, batch.audio_places_K)
+
+    def _embeds(self, batch: Batch, tokens_RC: Tensor, audio_places_K: Tensor) -> Tensor:
+        """Of the batch in whatever rows its tokens lie."""
+        embeds_RCW = self.llm.get_input_embeddings()(tokens_RC)
+        if not batch.audio_samples:
+            return embeds_RCW
+        tokens_AKW, _ = self.audio_tokens(
+            batch.audio_AN, batch.audio_lengths_A, batch.masks, batch.frames, batch.audio_samples
+        )
+        # Which they are was found with the batch, from the same count of tokens for samples.
+        assert tokens_AKW.shape[1] == batch.most_audio_tokens, "another number of audio tokens"
+        audio_KW = tokens_AKW.flatten(0, 1).index_select(0, batch.audio_sources_K)
+        flat = embeds_RCW.flatten(0, 1).index_copy(0, audio_places_K, audio_KW.to(embeds_RCW.dtype))
+        return flat.view_as(embeds_RCW)
 
     def audio_tokens(
         self,
@@ -135,15 +165,17 @@ class SpeechLLM(nn.Module):
         lengths_A: Tensor,
         masks: SpecMasks | None = None,
         frames: Frames | None = None,
+        samples: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """int16 [A, N] and samples [A] -> audio tokens [A, K, W] and their counts [A].
 
         frames: what the encoder made of the samples, which are not looked at then.
+        samples: on the host what `lengths_A` is.
         """
         if frames is not None:
             return self.connector(frames.decoded(self.compute_dtype), num_frames(lengths_A))
         with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.encoder)):
-            frames_ATD, counts_A = self.encoder(audio_AN, lengths_A, masks)
+            frames_ATD, counts_A = self.encoder(audio_AN, lengths_A, masks, samples)
         return self.connector(frames_ATD, counts_A)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -180,11 +212,6 @@ class SpeechLLM(nn.Module):
         for layer in self.checkpointed:
             layer.training = mode
         return self
-
-
-def position_ids(attention_mask_BS: Tensor) -> Tensor:
-    """0, 1, ... from each row's first real position, wherever the padding is."""
-    return (attention_mask_BS.cumsum(1) - 1).clamp(min=0)
 
 
 def _trains(part: nn.Module) -> bool:

@@ -63,6 +63,48 @@ def test_two_utterances(pad_left: bool) -> None:
     assert batch.audio_AN.dtype == torch.int16
     assert batch.audio_AN.tolist() == [[7] * 250, [8] * 100 + [0] * 150]
     assert batch.num_target_tokens == 5
+    assert (batch.lengths, batch.audio_samples, batch.most_audio_tokens) == ((9, 6), (250, 100), 3)
+    assert batch.pad_left is pad_left
+
+
+def flat(mask: torch.Tensor) -> list[int]:
+    return mask.flatten().nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("pad_left", [False, True])
+def test_places_say_what_masks_and_labels_say(pad_left: bool) -> None:
+    untrained_start = Example("s", (TextSegment((1,)), TextSegment((2, END), trained=True)))
+    trained_start = Example("t", (TextSegment((7, 8), trained=True), audio(430)))
+    examples = [speech("a", 250, (4, 5)), trained_start, speech("b", 100, (6,)), untrained_start]
+    batch = collate(examples, tokens_of, pad_id=0, pad_left=pad_left)
+    assert batch.audio_places_K.tolist() == flat(batch.audio_mask_BS)
+    assert batch.audio_sources_K.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10]
+    predicted = batch.labels_BS[:, 1:] != IGNORE
+    before = torch.nn.functional.pad(predicted, (0, 1))
+    assert batch.label_places_L.tolist() == flat(before)
+    assert batch.targets_L.tolist() == batch.labels_BS[:, 1:][predicted].tolist()
+    assert batch.num_target_tokens == 3 + (2 if pad_left else 1) + 2 + 2
+    assert list(batch.lengths) == batch.attention_mask_BS.sum(1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("segments", "expected"),
+    [
+        ((TextSegment((1, 2)), audio(100)), (1, 2)),
+        ((TextSegment((1, 2)), TextSegment((3,)), audio(100)), (1, 2, 3)),
+        ((TextSegment((1, 2)), TextSegment((3, END), trained=True)), (1,)),
+        ((TextSegment((1, 2)),), (1,)),
+        ((audio(100), TextSegment((1, 2))), ()),
+        ((TextSegment((1, END), trained=True), audio(100)), ()),
+    ],
+)
+def test_the_opening_is_text_whose_outputs_are_of_no_use(segments, expected) -> None:  # type: ignore[no-untyped-def]
+    batch = collate([Example("a", segments)], tokens_of, pad_id=0)
+    assert batch.opening == expected
+    longer = Example("b", (TextSegment((1, 2, 3, 4)), audio(100)))
+    assert collate([longer, Example("a", segments)], tokens_of, pad_id=0).opening == expected
+    other = Example("b", (TextSegment((5,)), audio(100)))
+    assert collate([other, Example("a", segments)], tokens_of, pad_id=0).opening == ()
 
 
 def test_the_end_token_is_trained_also_where_it_is_the_padding() -> None:

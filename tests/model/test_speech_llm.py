@@ -19,7 +19,8 @@ from speech_models import (
 )
 
 from speechllm.model.build import build_model
-from speechllm.model.speech_llm import SpeechLLM, position_ids
+from speechllm.model.layout import position_ids
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.types import IGNORE, AudioSegment, Example, TextSegment
 
 LLMS = ("random:llama", "random:olmo2", "random:qwen2")
@@ -118,9 +119,8 @@ def test_right_guesses_are_counted() -> None:
     embeds_SW, _ = embed_by_hand(model, asr(noise(3_000), ()))
     first = model.llm(inputs_embeds=embeds_SW[None]).logits[0, -1].argmax().item()
     for target, correct in ((first, 1), ((first + 1) % 250, 0)):
-        batch = batch_of(cfg, [asr(noise(3_000), (target,))])
-        batch.labels_BS[0, -1] = IGNORE  # the end token
-        sums = model(batch)
+        segments = (*asr(noise(3_000), ()).segments, TextSegment((target,), trained=True))
+        sums = model(batch_of(cfg, [Example("key", segments)]))
         assert (sums.correct.item(), sums.tokens.item()) == (correct, 1)
 
 
@@ -150,8 +150,8 @@ def test_text_only_examples_need_no_second_path() -> None:
 def test_another_number_of_audio_tokens_than_places_is_refused() -> None:
     cfg = model_config()
     batch = batch_of(cfg, EXAMPLES)
-    batch.audio_mask_BS[0, -1] = True
-    with pytest.raises(AssertionError, match="places"):
+    batch.most_audio_tokens += 1
+    with pytest.raises(AssertionError, match="another number of audio tokens"):
         tiny_speech_llm(cfg)(batch)
 
 
@@ -167,7 +167,7 @@ def test_the_llm_is_told_the_positions() -> None:
     model = tiny_speech_llm(cfg)
     batch = batch_of(cfg, EXAMPLES, pad_left=True)
     seen = []
-    model.llm.register_forward_pre_hook(
+    model.llm.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
     )
     model(batch)
