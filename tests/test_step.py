@@ -38,7 +38,7 @@ def cuts(tmp_path: Path, shards: Path, microbatches: list[list[int]]) -> tuple[f
         strategy, data, totals, objective="lm", lr=1e-3, seed=1, step=0, device=ALONE.device
     )
     weights = {n: p.detach().clone() for n, p in model.trainable_parameters().items()}
-    return float(result.loss) / totals.target_tokens, result.grad_norm, weights
+    return float(result.loss) / totals.target_tokens, float(result.grad_norm), weights
 
 
 def test_the_cut_into_microbatches_changes_nothing(tmp_path: Path, shards: Path) -> None:

@@ -70,7 +70,7 @@ def train(config: Config, world: World, steps: Sequence[int] = range(STEPS)) -> 
             step=step, device=world.device,
         )  # fmt: skip
         losses.append(world.sum([float(done.loss)])[0] / totals.target_tokens)
-        norms.append(done.grad_norm)
+        norms.append(float(done.grad_norm))
     return Trained(losses, norms, strategy.full_state())
 
 

@@ -44,7 +44,7 @@ def steps(strategy: DDPStrategy, count: int) -> list[float]:
     for i in range(count):
         with strategy.microbatch(last=True):
             strategy.backward(strategy.model(torch.ones(4, 3) * (i + 1)))
-        norms.append(strategy.step(1e-2))
+        norms.append(float(strategy.step(1e-2)))
     return norms
 
 

@@ -105,7 +105,7 @@ def train(
             step=step, device=world.device,
         )  # fmt: skip
         (loss,) = world.sum([float(done.loss)])
-        curve.append((loss / totals.target_tokens, done.grad_norm))
+        curve.append((loss / totals.target_tokens, float(done.grad_norm)))
     return curve
 
 

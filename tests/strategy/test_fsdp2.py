@@ -76,7 +76,7 @@ def train(
             device=world.device,
         )  # fmt: skip
         loss = world.sum([float(done.loss)])[0] / totals.target_tokens
-        result.append((loss, done.grad_norm))
+        result.append((loss, float(done.grad_norm)))
     return result
 
 
