@@ -11,6 +11,7 @@ import torch
 from speechllm.checkpoint import complete_checkpoints, read_checkpoint
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
+from speechllm.features import read_features
 from speechllm.model.identity import missing
 from speechllm.planner.advice import config_name, job_of, machine_here, worst_parts
 from speechllm.planner.architecture import read_architecture
@@ -18,7 +19,7 @@ from speechllm.planner.command import utterances_of
 from speechllm.prepare import Split, TextSide, open_split, prepare_text
 from speechllm.preview import write_preview
 from speechllm.settle import settle
-from speechllm.training_data import epoch_plans, in_words, open_training
+from speechllm.training_data import epoch_plans, in_words, open_training, training_key
 
 GIB = 2**30
 
@@ -66,7 +67,7 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> Non
     except UserError as error:
         findings.bad(f"prompt: {error}")
         return
-    key = "data.mixture" if config.data.mixture else "data.train"
+    key = training_key(config)
     train = _opened(key, lambda: open_training(config, text), findings)
     if train is not None:
         findings.lines += [f"           {line}" for line in in_words(train)]
@@ -77,10 +78,24 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> Non
             f"{100 * plan.padding_fraction:.1f} %; {config.train.steps} steps are "
             f"{config.train.steps / plan.num_steps:.1f} epochs"
         )
+        _check_features(config, train, key, findings)
     if config.evaluation.every:
-        _opened("data.validation", lambda: _validation(config, text), findings)
+        validation = _opened("data.validation", lambda: _validation(config, text), findings)
+        if validation is not None:
+            _check_features(config, validation, "data.validation", findings)
     if train is not None and preview is not None:
         _write_preview(config, train, preview, findings)
+
+
+def _check_features(config: Config, split: Split, key: str, findings: Findings) -> None:
+    if config.performance.encoder_cache == "off":
+        return
+    try:
+        read_features(config, split, key)
+    except UserError as error:
+        findings.bad(str(error))
+    else:
+        findings.good(f"{key}: {config.performance.encoder_cache} outputs of the encoder")
 
 
 def _validation(config: Config, text: TextSide) -> Split:

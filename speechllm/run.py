@@ -24,6 +24,7 @@ from speechllm.config.schema import Config
 from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import EpochPlan
 from speechllm.errors import ConfigError
+from speechllm.features import read_features
 from speechllm.lease import lease_of_environment
 from speechllm.log import close_logging, logger, set_up_logging
 from speechllm.model.identity import identity
@@ -48,6 +49,7 @@ from speechllm.training_data import (
     in_words,
     open_training,
     train_loader,
+    training_key,
 )
 from speechllm.world import World
 
@@ -93,6 +95,9 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
         utterances=of_split(config, train, text),
         recorded=checkpoint.path / "config.yaml" if checkpoint is not None else None,
     )
+    train = read_features(config, train, training_key(config))
+    if validation is not None:
+        validation = read_features(config, validation, "data.validation")
     plan_of = epoch_plans(config, train)
     about = identity(config.model, text.tokenizer) | _meaning(config) | data_identity(config, train)
     if checkpoint is not None:

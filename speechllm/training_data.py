@@ -57,6 +57,11 @@ def open_training(config: Config, text: TextSide, *, budget: int | None = None) 
     return replace(split, mixture=mixture)
 
 
+def training_key(config: Config) -> str:
+    """What of the configuration names the training data."""
+    return "data.mixture" if config.data.mixture else "data.train"
+
+
 def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
     """The plan of each epoch; the last two are remembered."""
     settings, speed = plan_settings(config), config.data.augmentation.speed

@@ -45,8 +45,10 @@ class Performance(Section):
     )
     encoder_cache: Literal["off", "bf16", "int8"] = Field(
         "off",
-        description="Read the encoder's outputs that tools/cache_features.py has written beside "
-        "the shards in place of running the encoder. Not with augmentation of waveforms.",
+        description="Training and its evaluation read the encoder's outputs, which "
+        "tools/cache_features.py has written beside the shards, in place of decoding audio and "
+        "running the encoder. Not with augmentation, nor where the encoder trains. `generate` and "
+        "`transcribe` always hear the audio.",
     )
 
     @model_validator(mode="after")

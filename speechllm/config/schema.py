@@ -161,6 +161,26 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _cached_frames_are_the_same_in_every_epoch(self) -> Config:
+        if self.performance.encoder_cache == "off":
+            return self
+        reasons = [
+            f"data.augmentation.{name} changes what the encoder hears from epoch to epoch"
+            for name in type(self.data.augmentation).model_fields
+            if getattr(self.data.augmentation, name).probability > 0
+        ]
+        if self.model.encoder.kind == "fbank":
+            reasons.append("model.encoder.kind=fbank trains, and its outputs change with it")
+        if self.model.unfreeze_encoder_layers:
+            reasons.append("model.unfreeze_encoder_layers trains it, and its outputs change")
+        if reasons:
+            raise ValueError(
+                f"performance.encoder_cache={self.performance.encoder_cache} keeps one output of "
+                f"the encoder for each utterance, but {reasons[0]}; switch one of them off"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _system_turns_are_of_chats(self) -> Config:
         for name, dataset in self.data.mixture.items():
             if self.model.prompt.kind == "plain" and dataset.prompt.system is not None:

@@ -1,8 +1,8 @@
 """Encoder outputs beside the shards, read in place of audio.
 
 `x.tar` has `x.features-KEY-DTYPE.bin`, KEY naming what made them. It holds, little-endian,
-1. the frames of each utterance, beginning at a multiple of 64 bytes: T x D numbers in bf16; or T
-   scales in fp32 and T x D numbers in int8, of which each row is to be multiplied by its scale;
+1. the frames of each utterance, beginning at a multiple of 64 bytes: T x D numbers in bf16; or D
+   scales in fp32 and T x D numbers in int8, of which each column is to be multiplied by its scale;
 2. a table, an Arrow IPC file with one row for each of the shard's index (see SCHEMA), whose schema
    metadata say what the frames are of;
 3. the size of that table in 8 bytes, and 8 bytes by which the format is known.
@@ -74,26 +74,27 @@ class FeatureFile:
         if error is not None:
             raise DataError(error)
         samples = self.rows.column("samples")[row].as_py()
-        size = frame_bytes(self.dtype, self.about["width"]) * self.num_frames(samples)
-        return self.rows.column("offset")[row].as_py(), size, samples
+        return self.rows.column("offset")[row].as_py(), self._bytes(samples), samples
 
     def decode(self, data: bytes, num_samples: int) -> EncodedAudio:
         shape = (self.num_frames(num_samples), self.about["width"])
         if self.dtype == "bf16":
             return EncodedAudio(num_samples, np.frombuffer(data, np.int16).reshape(shape))
-        scales_T = np.frombuffer(data, np.float32, shape[0])
-        values_TD = np.frombuffer(data, np.int8, offset=scales_T.nbytes).reshape(shape)
-        return EncodedAudio(num_samples, values_TD, scales_T)
+        scales_D = np.frombuffer(data, np.float32, shape[1])
+        values_TD = np.frombuffer(data, np.int8, offset=scales_D.nbytes).reshape(shape)
+        return EncodedAudio(num_samples, values_TD, scales_D)
 
     def silence(self) -> EncodedAudio:
         samples = len(SILENCE.samples)
-        size = frame_bytes(self.dtype, self.about["width"]) * self.num_frames(samples)
-        return self.decode(bytes(size), samples)
+        return self.decode(bytes(self._bytes(samples)), samples)
+
+    def _bytes(self, num_samples: int) -> int:
+        return frame_bytes(self.dtype, self.about["width"], self.num_frames(num_samples))
 
 
-def frame_bytes(dtype: Dtype, width: int) -> int:
-    """Bytes of one frame on disk."""
-    return 2 * width if dtype == "bf16" else 4 + width
+def frame_bytes(dtype: Dtype, width: int, frames: int, utterances: int = 1) -> int:
+    """Bytes of so many frames on disk, but for what aligns them."""
+    return 2 * width * frames if dtype == "bf16" else width * (4 * utterances + frames)
 
 
 def feature_path(tar: str, key: str, dtype: Dtype) -> str:
@@ -136,7 +137,7 @@ class FeatureWriter:
         """The frames of the utterance in that row of the index."""
         self._offsets[row], self._samples[row] = self._end, encoded.num_samples
         self._errors[row] = None
-        scales = b"" if encoded.scales_T is None else encoded.scales_T.tobytes()
+        scales = b"" if encoded.scales_D is None else encoded.scales_D.tobytes()
         pieces = [scales, encoded.values_TD.tobytes()]
         size = sum(map(len, pieces))
         self._write([*pieces, bytes(-size % _ALIGNMENT)])
