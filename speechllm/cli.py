@@ -13,6 +13,7 @@ from pathlib import Path
 from speechllm import __version__
 from speechllm.config.load import load_config
 from speechllm.errors import UserError
+from speechllm.planner.options import add_plan_options, sort_out
 
 WRONG_INPUT = 2
 
@@ -31,14 +32,6 @@ examples:
 exit codes: 0 done; 2 wrong input (the message says what and how to mend it); 99 stopped by a signal
 with a checkpoint written, run the same command again; 1 anything else. torchrun itself exits with 1
 whatever its processes exit with; the deepspeed launcher hands their code on.
-"""
-
-PLAN_EXAMPLES = """\
-examples:
-  speechllm plan configs/demo.yaml
-  speechllm plan configs/whisper-large-v3_olmo2-1b_pre_norm.yaml --gpus 8 --gpu-memory 24GB
-  speechllm plan configs/whisper-large-v3_olmo2-1b_pre_norm.yaml --gpus 8 --nodes 8 \\
-      --gpu-memory 80GB model.llm.id=meta-llama/Llama-3.1-8B-Instruct --json
 """
 
 
@@ -97,28 +90,14 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        help="predict memory and traffic of every strategy, and recommend one",
+        help="predict memory, traffic and scaling of every strategy, and recommend one",
         description="Memory of a rank and bytes on the wire of a step under every strategy, which "
-        "of them fit, which to take, and the largest token budget under it. Downloads nothing and "
-        "needs no weights: of models that are not on this machine, published shapes are known.",
-        epilog=PLAN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "of them fit, which to take, and the largest token budget under it; with --scale the time "
+        "of a step on more GPUs. Downloads nothing and needs no weights: of models that are not on "
+        "this machine, published shapes are known.",
     )
     _config_arguments(plan)
-    plan.add_argument(
-        "--gpus", type=int, metavar="N",
-        help="GPUs (ranks) of each node (default: those of this machine, or one)",
-    )  # fmt: skip
-    plan.add_argument(
-        "--nodes", type=int, default=1, metavar="K",
-        help="nodes, of N GPUs each: N x K ranks (default: %(default)s)",
-    )  # fmt: skip
-    plan.add_argument(
-        "--gpu-memory", metavar="SIZE",
-        help="memory of each GPU, as in 80GB (GB and GiB both mean 2**30 bytes; default: what this "
-        "machine's GPU has or, without one, what the ranks share of its free memory)",
-    )  # fmt: skip
-    plan.add_argument("--json", action="store_true", help="sizes in bytes")
+    add_plan_options(plan)
     plan.set_defaults(command=_plan)
 
     generate = commands.add_parser("generate", help="decode splits with a run's best checkpoint")
@@ -217,18 +196,14 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    sort_out(options)
     config = load_config(options.config, options.overrides)
     _quiet_transformers()
-    from speechllm.planner.command import plan_command
-
-    text = plan_command(
-        config,
-        gpus=options.gpus,
-        nodes=options.nodes,
-        gpu_memory=options.gpu_memory,
-        as_json=options.json,
-    )
-    print(text)
+    if options.scale is None:
+        from speechllm.planner.command import plan_command as command
+    else:
+        from speechllm.planner.scaling_command import scale_command as command
+    print(command(config, options))
     return 0
 
 

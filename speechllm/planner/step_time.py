@@ -1,0 +1,91 @@
+"""What a step takes on one device, as a run's metrics or a benchmark say. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from speechllm.errors import UserError
+from speechllm.planner.scaling import Compute
+
+WARM = 0.1  # part of a run's logged steps, the first, that are left out
+FEWEST = 3  # steps of which a median is taken
+
+
+@dataclass(frozen=True)
+class Measured:
+    """compute: of one device, without waiting for data; of no utterances where their number is not
+    known. what: where it is from, in words."""
+
+    compute: Compute
+    what: str
+
+
+def given_step(seconds: float, microbatches: int) -> Measured:
+    """Raises UserError."""
+    if not seconds > 0:
+        raise UserError(f"--step-seconds {seconds:g}: give more than 0")
+    return Measured(Compute(seconds / microbatches, 0.0), "given (--step-seconds)")
+
+
+def read_measured(path: Path, microbatches: int) -> Measured:
+    """`microbatches`: of a step of the run whose metrics it is.
+
+    Raises UserError where the file is not what is wanted, or of more than one process.
+    """
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--measured {path}: cannot be read: {error}") from error
+    try:
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in text.split("\n")[:-1]]
+            return _of_metrics(path, lines, microbatches)
+        return _of_benchmark(path, json.loads(text))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--measured {path}: neither a run's metrics.jsonl nor the JSON of "
+            f"tools/bench_train.py ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _of_metrics(path: Path, lines: list[dict[str, Any]], microbatches: int) -> Measured:
+    """The median of logged steps, each a mean over `train.log_every` of them."""
+    status = path.with_name("status.json")
+    ranks = 1
+    if status.is_file():
+        ranks = json.loads(status.read_text(encoding="utf-8")).get("world_size", 1)
+    if ranks != 1:
+        raise UserError(
+            f"--measured {path}: of {ranks} ranks, so communication is in its times; give a run of "
+            "one rank"
+        )
+    steps = [line for line in lines if line.get("objective", "lm") == "lm"]
+    steps = steps[int(WARM * len(steps)) :]
+    if len(steps) < FEWEST:
+        raise UserError(
+            f"--measured {path}: {len(steps)} logged step(s) of training the LLM's loss; "
+            f"{FEWEST} are the least"
+        )
+    seconds = median(step["step_seconds"] - step["data_wait_seconds"] for step in steps)
+    utterances = sum(step["utterances"] for step in steps) / len(steps)
+    compute = Compute(seconds / microbatches, utterances / microbatches)
+    return Measured(compute, f"measured ({path}: median of {len(steps)} logged steps)")
+
+
+def _of_benchmark(path: Path, found: dict[str, Any]) -> Measured:
+    full = found["full"]
+    phases, settings = full["phases"], full["settings"]
+    if settings["world"] != 1:
+        raise UserError(f"--measured {path}: of {settings['world']} ranks; give a benchmark of one")
+    update = phases["optimizer"]
+    seconds = full["step_seconds"] - phases["load"] - update
+    utterances = full["utterances"] / full["steps"]
+    microbatches = settings["microbatches_per_step"]
+    compute = Compute(seconds / microbatches, utterances / microbatches, update)
+    return Measured(compute, f"measured ({path}: the full path)")
