@@ -114,7 +114,8 @@ def targets(mean_seconds: float, count: int, seed: int) -> list[float]:
 
 
 def joins(durations: Sequence[float], wanted: Sequence[float], seed: int) -> list[list[int]]:
-    """For each wanted length, which utterances to join. All are used before any is used again."""
+    """For each wanted length, which utterances to join. They are taken in random order, and in
+    another one again when few are left."""
     draw = random.Random(f"joins {seed}")
     longest = max(durations)
     unused: list[int] = []

@@ -1,0 +1,343 @@
+"""One way to train, built from its configuration by the package's own functions, and timed."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import bench_train_flops as flops
+from bench_train_cuda import communication_seconds, memory_snapshot, power
+from bench_train_timing import DETAILS, PHASES, Counts, TimedStrategy, Timeline, instrumented
+
+from speechllm.checkpoint import CheckpointWriter, Progress, find_checkpoint, read_trainable
+from speechllm.config.load import dump_config
+from speechllm.config.schema import Config
+from speechllm.garbage import CollectedBySteps
+from speechllm.model.frontend import num_frames
+from speechllm.planner.advice import Machine, config_name, job_of
+from speechllm.planner.architecture import read_architecture
+from speechllm.planner.memory import estimate_memory
+from speechllm.planner.workload import of_split, shape_of
+from speechllm.prepare import prepare_model, prepare_text
+from speechllm.settle import settle
+from speechllm.step import agree, run_step
+from speechllm.strategy.build import build_strategy
+from speechllm.training_data import epoch_plans, open_training, train_loader
+from speechllm.transfer import Transfer
+from speechllm.types import IGNORE, Batch, Microbatch, StepData
+from speechllm.world import World
+
+
+@dataclass
+class Seen:
+    """What a round went through on this rank."""
+
+    utterances: int = 0
+    audio_seconds: float = 0.0
+    target_tokens: int = 0
+    positions_useful: int = 0  # neither padding nor the prompt's common prefix
+    positions_real: int = 0  # no padding
+    frames_real: int = 0
+    rows: list[flops.Row] = field(default_factory=list)
+    predicted_bytes: int = 0  # by the planner, for the costliest microbatch
+
+
+class Variant:
+    """The parts of a training run, without its directory. All ranks make one and ask the same."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.world = world
+        self.text = prepare_text(config)
+        self.split = open_training(config, self.text)
+        lengths = of_split(config, self.split, self.text)
+        config = settle(config, world.device, world, utterances=lengths)
+        self.plan_of = epoch_plans(config, self.split)
+        self.model = prepare_model(
+            config, world.device, prefix=self.text.prefix, sharded=True, training=True
+        )
+        strategy = build_strategy(config, self.model, world)
+        if config.train.init_from is not None:
+            path = find_checkpoint(Path(config.train.init_from))
+            state = read_trainable(path, weights_only=True).without_moments()
+            strategy.load_full_state(state if world.is_main else None)
+        self.config = config
+        self.loader = train_loader(
+            config, self.split, self.text, self.plan_of, rank=world.rank, world=world.size
+        )
+        self.timeline = Timeline(world.device)
+        self.strategy = TimedStrategy(strategy, self.timeline)
+        self.architecture = read_architecture(config.model)
+        self.frozen_llm = not any(p.requires_grad for p in self.model.llm.parameters())
+        self.prefix = len(self.text.prefix) if self.frozen_llm else 0  # needed in no row
+        self.transfer = Transfer(world.device)
+        self.load_peak = peak_resident()
+        self._warm_up()
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the speed, after `auto` was settled."""
+        config = self.config
+        return {
+            "precision": config.precision,
+            "attention": config.model.llm.attention,
+            "context": getattr(config.model.encoder, "context", None),
+            **config.performance.model_dump(mode="json"),
+            "strategy": config_name(config),
+            "world": self.world.size,
+            "threads": torch.get_num_threads(),
+            "microbatch_tokens": config.data.microbatch_tokens,
+            "microbatches_per_step": config.data.microbatches_per_step,
+        }
+
+    def round(self, *, synthetic: bool) -> dict[str, Any]:
+        """An epoch at learning rate 0, so that the sum of its losses is the same for any cut into
+        microbatches. Its first step is read before the clock starts; while it runs, as many steps
+        are read as it has. synthetic: all of them before, and again and again the same."""
+        seen, counts, steps = Seen(), Counts(), self.plan_of(0).num_steps
+        losses, step_seconds = [], []
+        with (
+            self._steps(steps, synthetic) as source,
+            instrumented(self.model, self.timeline, counts),
+            power(self.world.device) as watts,
+            CollectedBySteps() as garbage,
+        ):
+            data, done = next(source), []
+            self.world.barrier()
+            self.timeline.read()
+            begun = lap = time.perf_counter()
+            for number in range(steps):
+                losses.append(self._step(data, number))
+                garbage.collect(everything=False)
+                done.append(data)
+                with self.timeline.phase("load"):
+                    data = next(source)
+                now = time.perf_counter()
+                step_seconds.append(now - lap)
+                lap = now
+            spent = self.timeline.read()
+            seconds = time.perf_counter() - begun
+        for data in done:
+            self._count(data, seen)
+        found = self._result(seen, counts, spent, seconds, step_seconds, losses)
+        return {**found, "watts": sum(watts) / len(watts) if watts else None}
+
+    def _result(
+        self,
+        seen: Seen,
+        counts: Counts,
+        spent: dict[str, float],
+        seconds: float,
+        step_seconds: list[float],
+        losses: list[torch.Tensor],
+    ) -> dict[str, Any]:
+        steps = len(step_seconds)
+        work = flops.count_flops(self.architecture, seen.rows)
+        names = (
+            "utterances", "audio_seconds", "target_tokens", "positions_useful", "positions_real",
+            "frames_real",
+        )  # fmt: skip
+        mine = [float(getattr(seen, name)) for name in names]
+        mine += [counts.llm_positions, counts.encoder_frames, float(sum(losses))]
+        total = self.world.sum([*mine, *work.values()])
+        sums = dict(zip((*names, "positions_run", "frames_run", "loss", *work), total, strict=True))
+        parts = {name: int(sums.pop(name)) for name in work}
+        return {
+            **sums,
+            "loss": sums["loss"] / max(sums["target_tokens"], 1),
+            "seconds": seconds,
+            "steps": steps,
+            "step_seconds": step_seconds,
+            "flops": parts,
+            "phases": {name: spent.get(name, 0.0) / steps for name in PHASES},
+            "details": {name: spent.get(name, 0.0) / steps for name in DETAILS},
+            "llm_shapes": counts.llm_shapes,
+            "peak_rss_bytes": peak_resident(),
+            "load_peak_rss_bytes": self.load_peak,
+            "peak_device_bytes": (
+                torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else None
+            ),
+            "predicted_bytes": seen.predicted_bytes,
+            "settings": self.settings(),
+        }
+
+    def llm(self, budget: int) -> dict[str, Any]:
+        """Forward and backward of the LLM's layers alone, in a step whose microbatches take about
+        `budget` positions: seconds, and the operations needed."""
+        data = self.config.data.model_copy(
+            update={"microbatch_tokens": budget, "microbatches_per_step": 1}
+        )
+        config = self.config.model_copy(update={"data": data})
+        split = open_training(config, self.text, budget=budget)
+        plan = epoch_plans(config, split)(0).flat()
+        fullest = int(plan.positions.argmax())
+        microbatch = self.loader.read(0, plan.microbatch(fullest))
+        seen, counts = Seen(), Counts()
+        with instrumented(self.model, self.timeline, counts):
+            self._step(StepData(0, 0, [microbatch]), 0)
+            self.timeline.read()
+            counts.llm_shapes.clear()
+            self._step(StepData(0, 0, [microbatch]), 0)
+            spent = self.timeline.read()
+        self._count(StepData(0, 0, [microbatch]), seen)
+        work = flops.count_flops(self.architecture, seen.rows)
+        seconds = spent["llm_forward"] + spent["llm_backward"]
+        return {
+            "tokens": budget,
+            "shapes": counts.llm_shapes,
+            "positions": seen.positions_useful,
+            "forward_seconds": spent["llm_forward"],
+            "backward_seconds": spent["llm_backward"],
+            "flops": work["llm"],
+            "flops_per_second": work["llm"] / seconds,
+        }
+
+    def checkpoint(self) -> dict[str, float]:
+        """How long the loop stands while a checkpoint is taken, and how much longer the step beside
+        the writing takes, in steps."""
+        with self._steps(1, synthetic=True) as source:
+            data = next(source)
+            before = self._seconds_of_step(data)
+            with tempfile.TemporaryDirectory(prefix="bench-train-") as directory:
+                begun = time.perf_counter()
+                state = self.strategy.full_state()
+                writer = None
+                if self.world.is_main:
+                    assert state is not None
+                    writer = CheckpointWriter(Path(directory), keep_last=1, keep_best=0)
+                    writer.save(state, Progress(step=1), {}, dump_config(self.config))
+                stalled = time.perf_counter() - begun
+                beside = self._seconds_of_step(data)
+                if writer is not None:
+                    writer.close()
+        return {
+            "stall_steps": stalled / before,
+            "slowdown_steps": max(0.0, beside / before - 1),
+            "stall_seconds": stalled,
+        }
+
+    def trace(self, file: str | None) -> dict[str, float]:
+        """One step under torch's profiler, written as a chrome trace; seconds of it that went into
+        communication, which may lie beside computation."""
+        activities = [ProfilerActivity.CPU]
+        if self.world.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        with self._steps(1, synthetic=True) as source:
+            data = next(source)
+            with profile(activities=activities) as profiler:
+                seconds = self._seconds_of_step(data)
+        if file is not None and self.world.is_main:
+            profiler.export_chrome_trace(file)
+        return {"communication": communication_seconds(profiler), "seconds": seconds}
+
+    def memory(self, file: str) -> dict[str, str]:
+        """The history of a GPU's memory in one step."""
+        with self._steps(1, synthetic=True) as source:
+            data = next(source)
+            memory_snapshot(lambda: self._seconds_of_step(data), file)
+        return {"file": file}
+
+    def shortest(self, count: int) -> dict[str, Any]:
+        """The better of two steps with the shortest utterances alone, where a whole round would
+        take too long."""
+        kept = self.split.selection.kept
+        chosen = kept[self.split.costs[kept].argsort(kind="stable")[:count]]
+        data = StepData(0, 0, [self.loader.read(0, chosen)])
+        seconds = min(self._seconds_of_step(data) for _ in range(2))
+        return {"utterances_per_second": len(chosen) / seconds, "settings": self.settings()}
+
+    def _seconds_of_step(self, data: StepData) -> float:
+        self.world.barrier()
+        begun = time.perf_counter()
+        self._step(data, 0)
+        self.timeline.read()
+        return time.perf_counter() - begun
+
+    def _step(self, data: StepData, number: int) -> torch.Tensor:
+        with self.timeline.phase("communication"):
+            totals = agree(data, self.world, stop=False)
+        result = run_step(
+            self.strategy, data, totals, objective="lm", lr=0.0, seed=self.config.seed,
+            step=number, device=self.world.device, transfer=self.transfer,
+        )  # fmt: skip
+        return result.loss
+
+    def _warm_up(self) -> None:
+        """The shortest utterance; where kernels are compiled or chosen by shape, a whole step."""
+        whole = self.world.device.type == "cuda" or self.config.train.compile
+        if whole:
+            with self._steps(1, synthetic=True) as source:
+                self._step(next(source), 0)
+        else:
+            kept = self.split.selection.kept
+            shortest = kept[self.split.costs[kept].argmin()]
+            self._step(StepData(0, 0, [self.loader.read(0, shortest[None])]), 0)
+        self.timeline.read()
+        gc.collect()
+
+    @contextmanager
+    def _steps(self, count: int, synthetic: bool) -> Iterator[Iterator[StepData]]:
+        with closing(self.loader.steps(0, 0)) as steps:
+            if not synthetic:
+                yield steps
+                return
+            ready = [next(steps) for _ in range(count)]
+        yield _again_and_again(ready)
+
+    def _count(self, data: StepData, seen: Seen) -> None:
+        for microbatch in data.microbatches:
+            if microbatch.weight:
+                self._count_microbatch(microbatch, seen)
+
+    def _count_microbatch(self, microbatch: Microbatch, seen: Seen) -> None:
+        batch = microbatch.batch
+        rows = self._rows(batch)
+        seen_prefix = self.prefix if self.config.performance.prefix_cache == "off" else 0
+        seen.rows += rows
+        seen.utterances += microbatch.utterances
+        seen.audio_seconds += microbatch.audio_seconds
+        seen.target_tokens += batch.num_target_tokens
+        seen.positions_useful += sum(row.positions for row in rows)
+        seen.positions_real += seen_prefix * len(rows) + sum(row.positions for row in rows)
+        seen.frames_real += sum(row.frames for row in rows)
+        machine = Machine(self.world.size, 0, on_cpu=self.world.device.type != "cuda")
+        job = job_of(self.config, self.architecture, machine)
+        parts = estimate_memory(job, shape_of(batch), config_name(self.config))
+        seen.predicted_bytes = max(seen.predicted_bytes, sum(parts.values()))
+
+    def _rows(self, batch: Batch) -> list[flops.Row]:
+        labels = (batch.labels_BS[:, 1:] != IGNORE).sum(1).tolist()
+        assert len(batch.audio_samples) == len(batch.lengths), "one audio a row"
+        encodes = batch.frames is None
+        return [
+            flops.Row(
+                frames=num_frames(samples) if encodes else 0,
+                tokens=int(self.text.audio_tokens(samples)),
+                positions=length - self.prefix,
+                prefix=self.prefix,
+                labels=count,
+            )
+            for samples, length, count in zip(
+                batch.audio_samples, batch.lengths, labels, strict=True
+            )
+        ]
+
+
+def peak_resident() -> int:
+    """Bytes of this process at their highest (`VmHWM`), other than getrusage's not its parent's."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no VmHWM in /proc/self/status")
+
+
+def _again_and_again(ready: Sequence[StepData]) -> Iterator[StepData]:
+    while True:
+        yield from ready
