@@ -115,11 +115,11 @@ def load_trained(
     config = settle(config, world.device)
     text = prepare_text(config)
     if world.size > 1 and frozen_weights(config) != "whole":
-        model = prepare_model(config, world.device, sharded=True)
+        model = prepare_model(config, world.device, prefix=text.prefix, sharded=True)
         state = read_trainable(checkpoint, weights_only=True).without_moments()
         build_strategy(config, model, world).load_full_state(state)
     else:
-        model = prepare_model(config, world.device)
+        model = prepare_model(config, world.device, prefix=text.prefix)
         load_weights(model, checkpoint)
     return config, model.eval(), text, checkpoint
 

@@ -20,7 +20,8 @@ from speechllm.data.index import Corpus, open_corpus
 from speechllm.data.mixture import Mixture
 from speechllm.data.plan import PlanSettings
 from speechllm.data.plan_table import PlanTable
-from speechllm.data.prompt import Prompter
+from speechllm.data.prefix import common_prefix
+from speechllm.data.prompt import Prompter, Tokens
 from speechllm.data.selection import CostSettings, Selection, populate
 from speechllm.data.store import Store
 from speechllm.errors import ConfigError, DataError
@@ -41,6 +42,12 @@ class TextSide:
     prompters: Mapping[str, Prompter]  # of the data sets of data.mixture
     audio_tokens: AudioTokens
     pad_id: int
+
+    @property
+    def prefix(self) -> Tokens:
+        """With which every example of the run begins, unless its utterance has a prompt of its
+        own."""
+        return common_prefix(p.prefix for p in (self.prompter, *self.prompters.values()))
 
 
 @dataclass(frozen=True)
@@ -85,12 +92,14 @@ def prepare_model(
     config: Config,
     device: torch.device,
     *,
+    prefix: Tokens = (),
     ctc: bool = False,
     sharded: bool = False,
     training: bool = False,
 ) -> SpeechLLM:
-    """`sharded`: leave the frozen weights as the configured strategy wants them; else load them.
-    `training`: with what saves memory or time in training only, where the configuration says so.
+    """`prefix`: as `TextSide` has it; without, none is kept. `sharded`: leave the frozen weights as
+    the configured strategy wants them; else load them. `training`: with what saves memory or time
+    in training only, where the configuration says so.
 
     Raises ModelError, ConfigError.
     """
@@ -107,6 +116,8 @@ def prepare_model(
             precision=config.precision,
             device=device,
             seed=config.seed,
+            performance=config.performance,
+            prefix=prefix,
             ctc=ctc,
             frozen_on_meta=sharded and frozen_weights(config) == "meta",
             activation_checkpointing=training and config.train.activation_checkpointing is True,

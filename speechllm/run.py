@@ -103,7 +103,9 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     if checkpoint is not None:
         refuse_other_identity(checkpoint.identity, about, checkpoint.path)
     ctc = config.train.ctc_steps > 0
-    model = prepare_model(config, world.device, ctc=ctc, sharded=True, training=True)
+    model = prepare_model(
+        config, world.device, prefix=text.prefix, ctc=ctc, sharded=True, training=True
+    )
     strategy = build_strategy(config, model, world)
     _load(strategy, config, checkpoint, about, world)
     progress = checkpoint.progress if checkpoint is not None else Progress()

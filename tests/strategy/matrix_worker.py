@@ -39,6 +39,7 @@ STEPS, CUT, CONTINUED = 12, 6, 2  # of a case; the step a pair goes on from; how
 ADAPTED_STEPS = 5
 MAX_GRAD_NORM = 0.02  # below the norm of every step
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+PLAIN = ("performance.prefix_cache=off", "performance.label_logits=false")
 ADAPTED = ("model.lora.rank=4", "model.unfreeze_encoder_layers=1")
 
 
@@ -88,11 +89,6 @@ class Data:
         return self._steps[key]
 
 
-def build(config: Config, world: World) -> tuple[SpeechLLM, Strategy]:
-    model = prepare_model(config, world.device, sharded=True)
-    return model, build_strategy(config, model, world)
-
-
 def as_it_is(totals: StepTotals, data: StepData, world: World) -> StepTotals:
     return totals
 
@@ -117,7 +113,7 @@ def train(
         )  # fmt: skip
         (loss,) = world.sum([float(result.loss)])
         curve.losses.append(loss / totals.target_tokens)
-        curve.norms.append(result.grad_norm)
+        curve.norms.append(float(result.grad_norm))
     return curve
 
 
@@ -159,6 +155,12 @@ class Matrix:
         self.directory = directory
         self.results: dict[str, Any] = {}
 
+    def build(self, config: Config, world: World) -> tuple[SpeechLLM, Strategy]:
+        prefix = self.data.text.prefix
+        assert prefix  # so that its keys and values are shared under every strategy
+        model = prepare_model(config, world.device, prefix=prefix, sharded=True)
+        return model, build_strategy(config, model, world)
+
     def settings(self, strategy: str, precision: str, per_rank: int, *more: str) -> Config:
         return settings(strategy, self.data.shards, precision, per_rank, *more)
 
@@ -169,11 +171,12 @@ class Matrix:
             save_file(state.weights, self.directory / f"{name.replace('/', '_')}.safetensors")
 
     def alone(self, name: str, *more: str, per_rank: int, cuts: Sequence[int]) -> None:
-        """One process, fp32, which all the others wait for; its weights after each of `cuts`."""
+        """One process, fp32, without shortcuts, which all the others wait for; its weights after
+        each of `cuts`."""
         if not self.world.is_main:
             return
-        config = self.settings("ddp", "fp32", per_rank, *more)
-        _, strategy = build(config, ALONE)
+        config = self.settings("ddp", "fp32", per_rank, *PLAIN, *more)
+        _, strategy = self.build(config, ALONE)
         steps, curve, done = self.data.steps(config, ALONE), Curve([], []), 0
         for cut in cuts:
             part = train(strategy, config, ALONE, steps[done:cut], done)
@@ -182,7 +185,7 @@ class Matrix:
             done = cut
 
     def case(self, name: str, config: Config, count: int = STEPS) -> None:
-        _, strategy = build(config, self.world)
+        _, strategy = self.build(config, self.world)
         steps = self.data.steps(config, self.world)[:count]
         self.keep(name, train(strategy, config, self.world, steps), strategy.full_state())
 
@@ -204,7 +207,7 @@ class Matrix:
         for kind in STRATEGIES:
             config = self.settings(kind, "fp32", 1)
             steps = self.data.steps(config, self.world)
-            model, strategy = build(config, self.world)
+            model, strategy = self.build(config, self.world)
             curve = train(strategy, config, self.world, steps[:CUT])
             states[kind] = strategy.full_state()
             rest = train(strategy, config, self.world, steps[CUT:], CUT)
