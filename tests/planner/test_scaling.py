@@ -218,23 +218,31 @@ def test_the_formulas_start_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+CASES = {
+    "ddp": ("ddp",),
+    "fsdp2": ("fsdp2",),
+    "adapted": ("fsdp2", "model.lora.rank=4", "model.unfreeze_encoder_layers=1"),
+    "kept": ("fsdp2", "strategy.reshard_after_forward=false"),
+}
+
+
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, Any]:
-    """{strategy: {kind: [count, bytes]}} of a step of two rounds on two ranks."""
+    """{case: {kind: [count, bytes]}} of a step of two rounds on two ranks."""
     directory = tmp_path_factory.mktemp("counted")
     build_tiny_llm(directory / "llm", hidden=64, layers=3)
     (directory / "shards").symlink_to(shards)
 
     def work(world: World) -> dict[str, Any]:
         found = {}
-        for strategy in ("ddp", "fsdp2"):
-            config = configuration(directory, strategy, f"run_dir={directory / strategy}")
+        for case, chosen in CASES.items():
+            config = configuration(directory, *chosen, f"run_dir={directory / case}")
             with ExitStack() as stack:
                 run, data = opened(config, world, stack, 0)
                 for number in range(3):  # DDP rearranges its buckets after the first
                     with Counted() as counter:
                         run_one(run, data[number], number)
-            found[strategy] = counter.found
+            found[case] = counter.found
         return found
 
     first, second = on_ranks(2, directory, work)
@@ -243,19 +251,19 @@ def counted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_messages_are_those_of_real_steps(counted: dict[str, Any], strategy: str) -> None:
-    config = configuration(counted["directory"], strategy)
+@pytest.mark.parametrize("case", CASES)
+def test_messages_are_those_of_real_steps(counted: dict[str, Any], case: str) -> None:
+    config = configuration(counted["directory"], *CASES[case])
     job = job_of(config, read_architecture(config.model), Machine(2, 0, on_cpu=True))
     assert job.microbatches == 2
     expected: dict[str, list[int]] = {}
-    for message in step_messages(job, strategy):
+    for message in step_messages(job, CASES[case][0]):
         if message.what == "norm":
             continue  # of a DTensor, whose own collectives the counter does not see
         entry = expected.setdefault(message.kind, [0, 0])
         entry[0] += message.count
         entry[1] += message.size
-    assert counted[strategy] == expected
+    assert counted[case] == expected
     trained = job.architecture.trained_parameters
-    gradients = expected["all_reduce" if strategy == "ddp" else "reduce_scatter"]
+    gradients = expected["all_reduce" if case == "ddp" else "reduce_scatter"]
     assert gradients[1] >= 4 * trained
