@@ -6,14 +6,13 @@ T encoder frames of width D.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch.utils.data import get_worker_info
 
 from speechllm.data.prefix import common_prefix, opening
+from speechllm.data.sending import zeros_to_send
 from speechllm.types import (
     IGNORE,
     AudioSegment,
@@ -47,7 +46,7 @@ def collate(
     segments = [s for e in examples for s in e.segments if isinstance(s, AudioSegment)]
     lengths = [segment.num_samples for segment in segments]
     frames = _padded_frames([segment.encoded for segment in segments])
-    audio_AN = _zeros_to_send((len(segments), 0 if frames else max(lengths, default=0)))
+    audio_AN = zeros_to_send((len(segments), 0 if frames else max(lengths, default=0)), torch.int16)
     for row_N, segment in zip(audio_AN.numpy(), segments, strict=True):
         row_N[: len(segment.samples)] = segment.samples
 
@@ -102,20 +101,11 @@ def _padded_frames(encoded: Sequence[EncodedAudio | None]) -> Frames | None:
         return None
     scales = [one.scales_D for one in given if one.scales_D is not None]
     shape = (len(given), max(len(one.values_TD) for one in given), given[0].values_TD.shape[1])
-    values_ATD = _zeros_to_send(shape, torch.int8 if scales else torch.bfloat16)
+    values_ATD = zeros_to_send(shape, torch.int8 if scales else torch.bfloat16)
     bits_ATD = values_ATD.numpy() if scales else values_ATD.view(torch.int16).numpy()
     for row_TD, one in zip(bits_ATD, given, strict=True):
         row_TD[: len(one.values_TD)] = one.values_TD
     return Frames(values_ATD, torch.from_numpy(np.stack(scales)) if scales else None)
-
-
-def _zeros_to_send(shape: Sequence[int], dtype: torch.dtype = torch.int16) -> torch.Tensor:
-    """In a worker process in the memory through which tensors are sent anyway, as torch's own
-    collate function has it, so that it is not copied there once more."""
-    if get_worker_info() is None or not math.prod(shape):
-        return torch.zeros(tuple(shape), dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(dtype.itemsize * math.prod(shape))
-    return torch.empty(0, dtype=dtype).set_(storage).view(tuple(shape))
 
 
 def _positions(segment: Segment, audio_tokens: Callable[[int], int]) -> int:

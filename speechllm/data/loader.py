@@ -26,6 +26,7 @@ from speechllm.data.cache import BLOCK
 from speechllm.data.collate import collate
 from speechllm.data.plan import EpochPlan, rank_share
 from speechllm.data.prompt import Prompter
+from speechllm.data.sending import send_cheaply
 from speechllm.data.store import Store
 from speechllm.errors import DataError
 from speechllm.types import (
@@ -302,6 +303,7 @@ def _begin_worker(worker: int) -> None:
     gc.enable()  # whatever the training loop, from which it is forked, has done with its own
     _keep_freed_memory()
     _outlive_signals()
+    send_cheaply()
 
 
 def _keep_freed_memory() -> None:
