@@ -8,13 +8,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from speechllm.errors import ConfigError, ModelError
+from speechllm.model.prefix import ReadOnlyLayer
+
+# Kinds of calls that may be compiled, of layers of the encoder and the LLM together, for torch
+# counts all their forwards as one function: with and without a mask, a prefix, several rows.
+RECOMPILE_LIMIT = 16
 
 
 def checkpoint_activations(model: PreTrainedModel) -> list[nn.Module]:
@@ -58,9 +66,9 @@ def compile_in_place(modules: Iterable[nn.Module], *, backend: str = "inductor")
     """torch.compile for inputs of any length; a module is compiled when it is first called.
 
     Layers of one class share their machine code: what counts is how many kinds of layer there are
-    (and of calls: with or without a mask, one row or several), not how many layers. Where there
-    are too many, torch says so and runs the rest uncompiled. Dropout draws other numbers than in
-    uncompiled layers.
+    (and of calls: with or without a mask or a prefix, one row or several), not how many layers.
+    Where there are more than RECOMPILE_LIMIT, torch says so and runs the rest uncompiled. Dropout
+    draws other numbers than in uncompiled layers.
 
     Raises:
         ConfigError: there is no C++ compiler, without which nothing can be compiled.
@@ -71,5 +79,22 @@ def compile_in_place(modules: Iterable[nn.Module], *, backend: str = "inductor")
             f"train.compile needs a C++ compiler, but {compiler} is not there; install g++, name "
             "another in the environment variable CXX, or set train.compile=false."
         )
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     for module in modules:
-        module.compile(dynamic=True, backend=backend)
+        number = getattr(getattr(module, "self_attn", None), "layer_idx", None)
+        if number is None:
+            module.compile(dynamic=True, backend=backend)
+            continue
+        # Whose keys an attention reads it says by its layer's number, which would be a constant of
+        # the machine code: another code for each layer. So the forward is given its own keys.
+        module.register_forward_pre_hook(partial(_with_own_keys, number), with_kwargs=True)
+        module.forward = torch.compile(module.forward, dynamic=True, backend=backend)
+
+
+def _with_own_keys(
+    number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and isinstance(cache.layers[number], ReadOnlyLayer):
+        kwargs = {**kwargs, "past_key_values": cache.layers[number]}
+    return args, kwargs

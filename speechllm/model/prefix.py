@@ -36,11 +36,12 @@ class Prefix:
             return
         tokens_1P = torch.tensor([self.tokens], device=device)
         written = DynamicCache(config=llm.config)
-        llm.base_model(
-            inputs_embeds=llm.get_input_embeddings()(tokens_1P),
-            past_key_values=written,
-            use_cache=False,  # said so, layers that are checkpointed have nothing to warn of
-        )
+        with torch.compiler.set_stance("force_eager"):  # once, so not worth machine code
+            llm.base_model(
+                inputs_embeds=llm.get_input_embeddings()(tokens_1P),
+                past_key_values=written,
+                use_cache=False,  # said so, layers that are checkpointed have nothing to warn of
+            )
         self._layers = []
         for layer in written.layers:
             assert isinstance(layer, DynamicLayer)
@@ -62,13 +63,15 @@ class Prefix:
     def cache(self, length: int, order_N: Tensor | None = None) -> Cache:
         """The first `length` tokens in front of the keys that each row brings; then, where it is
         given, the keys of the only row in that order. Can be read any number of times."""
-        return Cache(layers=[_ReadOnly(*layer, order_N) for layer in self.keys_values(length)])
+        return Cache(layers=[ReadOnlyLayer(*layer, order_N) for layer in self.keys_values(length)])
 
     def __len__(self) -> int:
         return len(self.tokens)
 
 
-class _ReadOnly(DynamicLayer):
+class ReadOnlyLayer(DynamicLayer):
+    """One layer's share of the cache; its `update` does not ask which layer that is."""
+
     def __init__(self, keys_1GPE: Tensor, values_1GPE: Tensor, order_N: Tensor | None) -> None:
         super().__init__()
         self.lazy_initialization(keys_1GPE, values_1GPE)

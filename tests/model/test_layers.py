@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 import pytest
-from speech_models import CPU, END, PAD, asr, batch_of, model_config, noise, tiny_speech_llm
+from speech_models import CPU, END, PAD, PREFIX, asr, batch_of, model_config, noise, tiny_speech_llm
 
 from speechllm.config import model as schema
 from speechllm.errors import ConfigError, ModelError
@@ -124,7 +125,7 @@ def test_compiled_layers_compute_the_same_and_decode_uncompiled(one_layer: schem
     plain = tiny_speech_llm(one_layer)
     model = build_model(one_layer, precision="fp32", device=CPU, seed=1, compile_layers=True)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
+    compiled = [m for m in model.modules() if m._compiled_call_impl or "forward" in vars(m)]
     assert compiled == [model.connector, *transformer_layers(model.llm)]
     longer = [asr(noise(4_000, seed=5), (7, 8, 9, 10)), *EXAMPLES]
     for examples in (EXAMPLES, longer):
@@ -144,6 +145,33 @@ def test_compiled_layers_compute_the_same_and_decode_uncompiled(one_layer: schem
                 either, prompts, max_new_tokens=5, num_beams=1, end_token_ids=(END,), pad_id=PAD
             ))  # fmt: skip
     assert written[0] == written[1]
+
+
+@needs_compiler
+def test_layers_share_their_machine_code_though_each_reads_its_own_prefix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = CompileCounter()
+    monkeypatch.setattr(
+        "speechllm.model.build.compile_in_place", partial(compile_in_place, backend=graphs)
+    )
+    encoder = {"kind": "fbank", "mels": 20, "hidden_size": 16}
+    llm = build_tiny_llm(tmp_path / "llm", layers=6)
+    cfg = model_config(llm=str(llm), connector="linear", encoder=encoder)
+    plain = tiny_speech_llm(cfg)
+    model = build_model(
+        cfg, precision="fp32", device=CPU, seed=1, prefix=PREFIX, compile_layers=True,
+        activation_checkpointing=True,
+    )  # fmt: skip
+    for rows in (2, 3):
+        examples = [asr(noise(3_000 + 999 * row, seed=row), (7,) * rows) for row in range(rows)]
+        batch = batch_of(cfg, examples)
+        loss, expected, _ = gradients(plain, batch)
+        found_loss, found, _ = gradients(model, batch)
+        torch.testing.assert_close(found_loss, loss, atol=0, rtol=1e-5)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-4)
+    assert graphs.frame_count < 6  # of connector and layer: fewer kinds of calls than layers
 
 
 @needs_compiler
