@@ -176,6 +176,13 @@ class Prompter:
     def _encode(self, text: str, *, split_special_tokens: bool = False) -> Tokens:
         if not text:
             return ()
+        if self._tokenizer.is_fast:
+            # What the tokenizer's own call does around this takes 0.1 ms, 3 % of decoding audio.
+            backend = self._tokenizer.backend_tokenizer
+            backend.encode_special_tokens = split_special_tokens
+            backend.no_truncation()
+            backend.no_padding()
+            return tuple(backend.encode(text, add_special_tokens=False).ids)
         encoded = self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=split_special_tokens
         )
