@@ -19,7 +19,9 @@ from speechllm.config.schema import Config
 from speechllm.config.section import Section
 from speechllm.errors import ConfigError
 from speechllm.log import logger
+from speechllm.model.attention import GROUPED
 from speechllm.model.build import COMPUTE_DTYPES, bf16_is_fast
+from speechllm.model.families import KNOWN
 from speechllm.model.layer_speed import (
     Rows,
     Way,
@@ -155,6 +157,8 @@ def _attention(
     if len({usual, *ways}) > 1 and utterances and not is_small(config.model.llm):
         llm, shape = config.model.llm, layer_shape(config.model.llm)
         rows = rows_to_time(shape, _typical(config, utterances), device)
+        if kernel == "auto" and packing != "on" and device.type == "cpu" and shape.kind in KNOWN:
+            ways.append(Way(GROUPED, packed=False))
         candidates = tuple(dict.fromkeys((usual, *ways)))
         about = {
             "layer": shape._asdict(),

@@ -42,9 +42,10 @@ class LLM(Section):
         description="Hub id, local directory, or `random:llama`, `random:olmo2`, `random:qwen2`."
     )
     revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+    attention: Literal["auto", "eager", "sdpa", "grouped", "flash_attention_2"] = Field(
         "auto",
-        description="Attention kernel. `auto`: eager for bf16 on CPU and sdpa elsewhere, unless "
+        description="Attention kernel; `grouped` is this package's own for CPUs, matrix products "
+        "for all heads that share keys. `auto`: eager for bf16 on CPU and sdpa elsewhere, unless "
         "another is measured to be 10 % faster on this device when a run starts; the run's "
         "config.yaml says which.",
     )

@@ -14,22 +14,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from speechllm.errors import ConfigError
+from speechllm.model.families import KNOWN
 from speechllm.types import LossSums
 
-# Of these it is known (and tested) that their logits are the output matrix times the last hidden
-# state and nothing else. Others scale or cap them: theirs come from their own forward.
-PLAIN_HEADS = frozenset(
-    {
-        "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo", "olmo2",
-        "olmo3", "phi3", "gemma", "smollm3", "stablelm", "starcoder2", "gpt_neox", "ministral",
-    }
-)  # fmt: skip
+MEGABYTE = 1 << 20
 
 
 def plain_head(llm: PreTrainedModel) -> nn.Linear | None:
     """The output matrix, where logits are nothing else than its product and it is frozen."""
     head = llm.get_output_embeddings()
-    known = llm.config.model_type in PLAIN_HEADS and type(head) is nn.Linear
+    known = llm.config.model_type in KNOWN and type(head) is nn.Linear
     if not known or any(parameter.requires_grad for parameter in head.parameters()):
         return None
     assert isinstance(head, nn.Linear)
@@ -83,7 +77,7 @@ def chunked_loss(
     """
     weight_VW: Tensor = head.weight
     bias_V: Tensor | None = head.bias
-    rows = max(1, (megabytes << 20) // (4 * len(weight_VW)))
+    rows = max(1, megabytes * MEGABYTE // (4 * len(weight_VW)))
     device = hidden_LW.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)

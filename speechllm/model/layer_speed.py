@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from speechllm.config import model as schema
+from speechllm.model.attention import register
 from speechllm.model.hub import resolve, weight_files
 from speechllm.model.pretrained import ready_buffers
 
@@ -160,6 +161,7 @@ def _text_config(directory: Path) -> Any:
 
 def _one_layer(llm: schema.LLM, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The LLM with its first layer only and next to no vocabulary, frozen."""
+    register()
     about = _text_config(resolve(llm.id, llm.revision)).to_dict()
     about |= {"num_hidden_layers": 1, "vocab_size": 8}
     about |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))

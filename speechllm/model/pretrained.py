@@ -23,7 +23,9 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from speechllm.config import model as schema
 from speechllm.errors import ModelError
+from speechllm.model.attention import GROUPED, register
 from speechllm.model.encoder import CHUNK_FRAMES
+from speechllm.model.families import KNOWN
 from speechllm.model.hub import resolve, weight_files
 from speechllm.model.weights import WeightFiles
 
@@ -118,6 +120,12 @@ def load_llm(
             f"{cfg.id} is a {config.model_type} model with an encoder of its own; model.llm.id "
             "takes a causal (decoder-only) language model."
         )
+    if attention == GROUPED and config.model_type not in KNOWN:
+        raise ModelError(
+            f"model.llm.attention=grouped: not tested with a {config.model_type} model such as "
+            f"{cfg.id}; set it to eager or sdpa"
+        )
+    register()
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if weights_on_meta:
         make = AutoModelForCausalLM.from_config
