@@ -29,7 +29,8 @@ from speechllm.config.load import load_config
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
 
-BUDGETS = (768, 2048)  # positions at which the LLM is looked at alone
+TOKENS = (768, 2048)  # positions at which the LLM is looked at alone
+UTTERANCES = 1000  # so many that buckets are about as tight as in a real corpus
 FEW = 2  # utterances by which precisions are compared
 EXAMPLES = """\
 examples (the first as it stands after `make demo`):
@@ -64,7 +65,7 @@ class Bench:
             say(f"round {number + 1}: {way.added}: {speed:.3g} utterances/s")
         shapes = self.rounds[ways[-1].name][-1]["llm_shapes"]
         mean = round(sum(rows * columns for rows, columns in shapes) / len(shapes))
-        alone = [self._process(ways[-1]).ask("llm", budget=budget) for budget in BUDGETS]
+        alone = [self._process(ways[-1]).ask("llm", tokens=tokens) for tokens in TOKENS]
         wanted = [mean, *(entry["positions"] for entry in alone)]
         gemm = Way("gemm", "", ways[-1].overrides)
         rates = self._process(gemm).ask("gemm", rows=wanted)
@@ -86,7 +87,11 @@ class Bench:
     def _process(self, way: Way) -> Process:
         if way.name not in self._processes:
             self._processes[way.name] = Process(
-                self.options.config, way.overrides, world=1, threads=self.threads
+                self.options.config,
+                way.overrides,
+                steps=self.options.steps,
+                world=1,
+                threads=self.threads,
             )
         return self._processes[way.name]
 
@@ -95,14 +100,16 @@ def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
     here = machine()
-    count = options.steps * options.batch
     speech = speech_shards(
-        options.mean_seconds, count, source=_source(options, config), cache=options.speech_cache
+        options.mean_seconds,
+        options.utterances,
+        source=_source(options, config),
+        cache=options.speech_cache,
     )
     data = [f"data.train={speech}", "data.mixture={}", "data.validation=[]"]
     common = (*options.overrides, *data)
     sized = sizes(load_config(options.config, common))
-    say(f"{count} utterances of {sized.mean_cost:.0f} LLM positions on average")
+    say(f"{options.utterances} utterances of {sized.mean_cost:.0f} LLM positions on average")
     try:
         result = measure(options, config, common, sized, here)
     except Failed as error:
@@ -150,7 +157,7 @@ def measure(
         extra["precision"] = precisions(options, full, here)
     if options.strategies or options.world != [1]:
         extra["strategies"] = strategies(options, common, sized, here)
-    llm = [_middle([found[i] for found in bench.llm]) for i in range(len(BUDGETS))]
+    llm = [_middle([found[i] for found in bench.llm]) for i in range(len(TOKENS))]
     return {
         "plain": results[PLAIN],
         "full": results[FULL],
@@ -172,7 +179,9 @@ def precisions(
     found = {}
     for precision in ("fp32", "bf16"):
         overrides = (*full.overrides, f"precision={precision}")
-        with closing(Process(options.config, overrides, world=1, threads=here["cores"])) as process:
+        with closing(
+            Process(options.config, overrides, steps=1, world=1, threads=here["cores"])
+        ) as process:
             found[precision] = process.ask("shortest", count=FEW)
         say(f"{precision}: {found[precision]['utterances_per_second']:.3g} utterances/s")
     return found
@@ -188,7 +197,13 @@ def strategies(
             overrides = (*common, *sized.overrides(options.batch, world), *strategy_overrides(name))
             threads = max(1, here["cores"] // world)
             with closing(
-                Process(options.config, overrides, world=world, threads=threads)
+                Process(
+                    options.config,
+                    overrides,
+                    steps=options.steps,
+                    world=world,
+                    threads=threads,
+                )
             ) as process:
                 rounds = [
                     process.ask("round", synthetic=options.synthetic) for _ in range(options.rounds)
@@ -213,6 +228,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--mean-seconds", type=float, default=6.5, help="of the utterances (default: 6.5)"
     )
+    parser.add_argument(
+        "--utterances", type=int, default=UTTERANCES,
+        help=f"of the corpus, of which a round takes a few steps (default: {UTTERANCES})",
+    )  # fmt: skip
     parser.add_argument("--batch", type=int, default=8, help="utterances a step (default: 8)")
     parser.add_argument("--steps", type=int, default=4, help="of each round (default: 4)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each way (default: 2)")

@@ -24,7 +24,9 @@ class Failed(Exception):
 class Process:
     """A `bench_train_subject.Subject` in `world` processes."""
 
-    def __init__(self, config: str, overrides: Sequence[str], *, world: int, threads: int) -> None:
+    def __init__(
+        self, config: str, overrides: Sequence[str], *, steps: int, world: int, threads: int
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="bench-train-")
         address = os.path.join(self._directory.name, "socket")
         server = socket.socket(socket.AF_UNIX)
@@ -37,7 +39,7 @@ class Process:
             launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         self._process = subprocess.Popen(
-            [*launcher, SUBJECT, address, config, *overrides],
+            [*launcher, SUBJECT, address, str(steps), config, *overrides],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),

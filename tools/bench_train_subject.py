@@ -1,6 +1,6 @@
 """What a process of the benchmark measures: one way to train, or nothing but its LLM's products.
 
-Run by tools/bench_train.py with the address of a socket, CONFIG and overrides.
+Run by tools/bench_train.py with the address of a socket, steps of a round, CONFIG and overrides.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from speechllm.world import World, connected
 
 
 class Subject:
-    """The model is built when it is first needed."""
+    """The model is built when it is first needed. steps: of a round, see `Sample`."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, steps: int) -> None:
         self.config = config
         self.world = world
+        self.steps = steps
         self._variant: Variant | None = None
 
     def ask(self, what: str, **arguments: Any) -> dict[str, Any]:
@@ -41,7 +42,7 @@ class Subject:
         if what == "gemm":
             return self._gemm(**arguments)
         if self._variant is None:
-            self._variant = Variant(self.config, self.world)
+            self._variant = Variant(self.config, self.world, self.steps)
         answer: dict[str, Any] = getattr(self._variant, what)(**arguments)
         return answer
 
@@ -52,13 +53,13 @@ class Subject:
         return gemm_rates(llm, rows, COMPUTE_DTYPES[precision], self.world.device)
 
 
-def serve(address: str, config_file: str, overrides: Sequence[str]) -> None:
+def serve(address: str, steps: int, config_file: str, overrides: Sequence[str]) -> None:
     """Answer until the other side hangs up."""
     logger.setLevel(logging.ERROR)
     transformers.logging.disable_progress_bar()
     config = load_config(config_file, overrides)
     with connected(config.device, alone_in_group=config.strategy.kind != "ddp") as world:
-        subject = Subject(config, world)
+        subject = Subject(config, world, steps)
         stream = None
         if world.is_main:
             connection = socket.socket(socket.AF_UNIX)
@@ -78,7 +79,7 @@ def serve(address: str, config_file: str, overrides: Sequence[str]) -> None:
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        serve(sys.argv[1], sys.argv[2], sys.argv[3:])
+        serve(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

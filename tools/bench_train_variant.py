@@ -5,22 +5,25 @@ from __future__ import annotations
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import bench_train_flops as flops
-from bench_train_cuda import communication_seconds, memory_snapshot, power
+from bench_train_device import communication_seconds, memory_snapshot, peak_resident, power
+from bench_train_sample import Sample
 from bench_train_timing import DETAILS, PHASES, Counts, TimedStrategy, Timeline, instrumented
 
 from speechllm.checkpoint import CheckpointWriter, Progress, find_checkpoint, read_trainable
 from speechllm.config.load import dump_config
 from speechllm.config.schema import Config
+from speechllm.data.plan import EpochPlan
 from speechllm.garbage import CollectedBySteps
 from speechllm.model.frontend import num_frames
 from speechllm.planner.advice import Machine, config_name, job_of
@@ -31,7 +34,7 @@ from speechllm.prepare import prepare_model, prepare_text
 from speechllm.settle import settle
 from speechllm.step import agree, run_step
 from speechllm.strategy.build import build_strategy
-from speechllm.training_data import epoch_plans, open_training, train_loader
+from speechllm.training_data import open_training, train_loader
 from speechllm.transfer import Transfer
 from speechllm.types import IGNORE, Batch, Microbatch, StepData
 from speechllm.world import World
@@ -52,15 +55,18 @@ class Seen:
 
 
 class Variant:
-    """The parts of a training run, without its directory. All ranks make one and ask the same."""
+    """The parts of a training run, without its directory. All ranks make one and ask the same.
 
-    def __init__(self, config: Config, world: World) -> None:
+    steps: of a round, see `Sample`.
+    """
+
+    def __init__(self, config: Config, world: World, steps: int) -> None:
         self.world = world
         self.text = prepare_text(config)
         self.split = open_training(config, self.text)
         lengths = of_split(config, self.split, self.text)
         config = settle(config, world.device, world, utterances=lengths)
-        self.plan_of = epoch_plans(config, self.split)
+        self.sample = Sample.of(config, self.split, steps)
         self.model = prepare_model(
             config, world.device, prefix=self.text.prefix, sharded=True, training=True
         )
@@ -71,7 +77,12 @@ class Variant:
             strategy.load_full_state(state if world.is_main else None)
         self.config = config
         self.loader = train_loader(
-            config, self.split, self.text, self.plan_of, rank=world.rank, world=world.size
+            config,
+            self.split,
+            self.text,
+            lambda _: cast(EpochPlan, self.sample),
+            rank=world.rank,
+            world=world.size,
         )
         self.timeline = Timeline(world.device)
         self.strategy = TimedStrategy(strategy, self.timeline)
@@ -98,10 +109,10 @@ class Variant:
         }
 
     def round(self, *, synthetic: bool) -> dict[str, Any]:
-        """An epoch at learning rate 0, so that the sum of its losses is the same for any cut into
+        """The sample at learning rate 0, so that the sum of its losses is the same for any cut into
         microbatches. Its first step is read before the clock starts; while it runs, as many steps
         are read as it has. synthetic: all of them before, and again and again the same."""
-        seen, counts, steps = Seen(), Counts(), self.plan_of(0).num_steps
+        seen, counts, steps = Seen(), Counts(), self.sample.num_steps
         losses, step_seconds = [], []
         with (
             self._steps(steps, synthetic) as source,
@@ -168,17 +179,17 @@ class Variant:
             "settings": self.settings(),
         }
 
-    def llm(self, budget: int) -> dict[str, Any]:
-        """Forward and backward of the LLM's layers alone, in a step whose microbatches take about
-        `budget` positions: seconds, and the operations needed."""
-        data = self.config.data.model_copy(
-            update={"microbatch_tokens": budget, "microbatches_per_step": 1}
-        )
-        config = self.config.model_copy(update={"data": data})
-        split = open_training(config, self.text, budget=budget)
-        plan = epoch_plans(config, split)(0).flat()
-        fullest = int(plan.positions.argmax())
-        microbatch = self.loader.read(0, plan.microbatch(fullest))
+    def llm(self, tokens: int) -> dict[str, Any]:
+        """Forward and backward of the LLM's layers alone, on utterances of middle length that give
+        it about so many positions: seconds, and the operations needed."""
+        kept = self.split.selection.kept
+        ordered = kept[self.split.costs[kept].argsort(kind="stable")]
+        middle = len(ordered) // 2
+        batch = self.loader.read(0, ordered[middle : middle + 1]).batch
+        shared = 0 if self.config.performance.prefix_cache == "off" else self.prefix
+        rows = min(len(ordered), max(1, round(tokens / (batch.lengths[0] - shared))))
+        first = middle - rows // 2
+        microbatch = self.loader.read(0, ordered[first : first + rows])
         seen, counts = Seen(), Counts()
         with instrumented(self.model, self.timeline, counts):
             self._step(StepData(0, 0, [microbatch]), 0)
@@ -190,7 +201,7 @@ class Variant:
         work = flops.count_flops(self.architecture, seen.rows)
         seconds = spent["llm_forward"] + spent["llm_backward"]
         return {
-            "tokens": budget,
+            "tokens": tokens,
             "shapes": counts.llm_shapes,
             "positions": seen.positions_useful,
             "forward_seconds": spent["llm_forward"],
@@ -289,7 +300,7 @@ class Variant:
                 yield steps
                 return
             ready = [next(steps) for _ in range(count)]
-        yield _again_and_again(ready)
+        yield cycle(ready)
 
     def _count(self, data: StepData, seen: Seen) -> None:
         for microbatch in data.microbatches:
@@ -328,16 +339,3 @@ class Variant:
                 batch.audio_samples, batch.lengths, labels, strict=True
             )
         ]
-
-
-def peak_resident() -> int:
-    """Bytes of this process at their highest (`VmHWM`), other than getrusage's not its parent's."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM"):
-            return 1024 * int(line.split()[1])
-    raise AssertionError("no VmHWM in /proc/self/status")
-
-
-def _again_and_again(ready: Sequence[StepData]) -> Iterator[StepData]:
-    while True:
-        yield from ready

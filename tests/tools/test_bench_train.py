@@ -174,8 +174,10 @@ def test_shortcuts_that_a_configuration_does_not_take_are_no_ways() -> None:
 class Here:
     """In place of a process: the same questions in this one."""
 
-    def __init__(self, config: str, overrides: Sequence[str], *, world: int, threads: int) -> None:
-        self.ask = Subject(load_config(config, overrides), World(0, 1, 0, CPU)).ask
+    def __init__(
+        self, config: str, overrides: Sequence[str], *, steps: int, world: int, threads: int
+    ) -> None:
+        self.ask = Subject(load_config(config, overrides), World(0, 1, 0, CPU), steps).ask
 
     def close(self) -> None:
         pass
@@ -188,10 +190,11 @@ def result(pieces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_train, "Process", Here)
         patch.setattr(bench_train_ways, "CACHE_TOOL", directory / "none")
-        patch.setattr(bench_train, "BUDGETS", (300, 600))
+        patch.setattr(bench_train, "TOKENS", (300, 600))
         arguments = [
             TINY, "model.connector.dropout=0", "--mean-seconds", "2", "--steps", "2",
-            "--batch", "3", "--rounds", "2", "data.num_workers=0", "--source", str(pieces),
+            "--batch", "3", "--utterances", "60", "--rounds", "2", "data.num_workers=0",
+            "--source", str(pieces),
             "--speech-cache", str(directory), "--strategies", "ddp",
             "--trace", str(directory / "trace.json"), "--json", str(directory / "result.json"),
         ]  # fmt: skip
@@ -246,7 +249,7 @@ def test_phases_take_the_time_of_a_step(result: dict[str, Any]) -> None:
 def test_every_way_has_the_same_utterances_and_nearly_the_same_loss(
     result: dict[str, Any],
 ) -> None:
-    assert result["plain"]["utterances"] == result["full"]["utterances"] == 6
+    assert result["plain"]["utterances"] == result["full"]["utterances"] >= 4
     assert result["plain"]["flops_per_step"]["llm"] * result["plain"]["steps"] == pytest.approx(
         result["full"]["flops_per_step"]["llm"] * result["full"]["steps"]
     )
@@ -256,12 +259,12 @@ def test_every_way_has_the_same_utterances_and_nearly_the_same_loss(
 
 def test_the_plain_path_runs_more_than_is_needed(result: dict[str, Any]) -> None:
     plain, full = result["plain"], result["full"]
-    assert plain["encoder_frames_per_step"]["run"] == 3 * 1500
+    frames = plain["encoder_frames_per_step"]["run"] * plain["steps"]
+    assert frames == 1500 * plain["utterances"]
     for key in ("encoder_frames_per_step", "llm_positions_per_step"):
-        run = {name: way[key]["run"] * way["steps"] for name, way in (("p", plain), ("f", full))}
         needed = full[key]["needed"] * full["steps"]
         assert needed == plain[key]["needed"] * plain["steps"]
-        assert needed <= run["f"] < run["p"]
+        assert needed <= full[key]["run"] * full["steps"] < plain[key]["run"] * plain["steps"]
 
 
 def test_the_trace_is_a_chrome_trace(result: dict[str, Any]) -> None:
@@ -270,7 +273,7 @@ def test_the_trace_is_a_chrome_trace(result: dict[str, Any]) -> None:
 
 
 def test_a_process_answers_and_its_end_is_told() -> None:
-    process = Process(TINY, [], world=1, threads=1)
+    process = Process(TINY, [], steps=1, world=1, threads=1)
     try:
         rates = process.ask("gemm", rows=[8])
         assert rates["shapes"]["8"] > 0

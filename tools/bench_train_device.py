@@ -1,10 +1,12 @@
-"""What only a GPU has: power, a history of its memory, time in NCCL. Never run without one."""
+"""What the machine says: peaks and history of memory, power, time in communication. What concerns
+GPUs has never been run."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,3 +60,11 @@ def communication_seconds(profiler: Any) -> float:
         elif event.key.startswith("ncclDevKernel"):
             spent += event.device_time_total / 1e6
     return spent
+
+
+def peak_resident() -> int:
+    """Bytes of this process at their highest (`VmHWM`), other than getrusage's not its parent's."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no VmHWM in /proc/self/status")
