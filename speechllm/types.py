@@ -172,7 +172,7 @@ class Batch:
 
     @property
     def num_target_tokens(self) -> int:
-        """Positions that the loss sees: labels other than IGNORE, the first position excepted."""
+        """Labels that the loss sees: other than IGNORE, and not the first of a row."""
         return len(self.targets_L)
 
 

@@ -69,7 +69,9 @@ def collate(
             if part.trained:
                 labels_BS[b, place] = part.tokens
     audio_counts = [int(audio_tokens(samples)) for samples in lengths]
-    label_places_L = np.flatnonzero(labels_BS[:, 1:] != IGNORE)
+    # Nothing predicts the first token of a row.
+    predicted_BS = (labels_BS[:, 1:] != IGNORE) & (attention_mask_BS[:, :-1] > 0)
+    label_places_L = np.flatnonzero(predicted_BS)
     label_places_L += label_places_L // max(shape[1] - 1, 1)  # rows are S long, not S - 1
     return Batch(
         keys=[example.key for example in examples],

@@ -25,7 +25,8 @@ def plain_loss(llm: PreTrainedModel, embeds_BSW: Tensor, batch: Batch) -> LossSu
         use_cache=False,
     ).logits
     logits_BSV = logits_BSV[:, :-1].float()
-    labels_BS = batch.labels_BS[:, 1:]
+    nothing_before_BS = batch.attention_mask_BS[:, :-1] == 0
+    labels_BS = batch.labels_BS[:, 1:].masked_fill(nothing_before_BS, IGNORE)
     loss = functional.cross_entropy(
         logits_BSV.flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORE, reduction="sum"
     )

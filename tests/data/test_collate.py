@@ -79,11 +79,11 @@ def test_places_say_what_masks_and_labels_say(pad_left: bool) -> None:
     batch = collate(examples, tokens_of, pad_id=0, pad_left=pad_left)
     assert batch.audio_places_K.tolist() == flat(batch.audio_mask_BS)
     assert batch.audio_sources_K.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10]
-    predicted = batch.labels_BS[:, 1:] != IGNORE
+    predicted = (batch.labels_BS[:, 1:] != IGNORE) & (batch.attention_mask_BS[:, :-1] > 0)
     before = torch.nn.functional.pad(predicted, (0, 1))
     assert batch.label_places_L.tolist() == flat(before)
     assert batch.targets_L.tolist() == batch.labels_BS[:, 1:][predicted].tolist()
-    assert batch.num_target_tokens == 3 + (2 if pad_left else 1) + 2 + 2
+    assert batch.num_target_tokens == 3 + 1 + 2 + 2
     assert list(batch.lengths) == batch.attention_mask_BS.sum(1).tolist()
 
 

@@ -58,7 +58,13 @@ SEVERAL = Example(
         TextSegment((21, 22, END), trained=True),
     ),
 )
-BATCHES = {"asr": EXAMPLES, "cut": (*EXAMPLES, SEVERAL), "none": (*EXAMPLES, SEVERAL, TEXT)}
+# Its first label is predicted from nothing.
+TRAINED = Example("trained", (TextSegment((23, 24), trained=True), AudioSegment(noise(999))))
+BATCHES = {
+    "asr": EXAMPLES,
+    "cut": (*EXAMPLES, SEVERAL),
+    "none": (*EXAMPLES, SEVERAL, TEXT, TRAINED),
+}
 
 
 def tiny(llm: str, attention: str = "sdpa", **performance: Any) -> tuple[Model, SpeechLLM]:
