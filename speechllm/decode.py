@@ -165,6 +165,7 @@ def generate_run(
             "checkpoint": checkpoint.name,
             "generation": config.generation.model_dump(mode="json"),
             "precision": config.precision,
+            "encoder": config.model.encoder.model_dump(mode="json"),
             "data": split.corpus.fingerprint,
         }
         label = part.label(name) if part else name
@@ -234,9 +235,9 @@ def _decode_split(
     done = {line["number"] for line in read_lines(done_file)}
     if done:
         logger.info("%s: going on after %d decoded utterances", name, len(done))
-    kept = _numbers_of(split, part, config.generation.microbatch_tokens)
+    kept = _numbers_of(split, part, config)
     left = kept[~np.isin(kept, np.fromiter(done, dtype=np.int64))]
-    cut = plan_in_order(split.costs, left, config.generation.microbatch_tokens)
+    cut = decoded_together(config, split.costs, left)
     share = rank_share(len(cut), world.rank, world.size)
     if not model.sharded:  # else all ranks run as many, or the collectives would not match
         share = [(number, is_repeat) for number, is_repeat in share if not is_repeat]
@@ -265,12 +266,21 @@ def _decode_split(
         logger.info("%s: %d of %d utterances decoded, %s", name, len(lines), len(kept), final)
 
 
-def _numbers_of(split: Split, part: Slice | None, budget: int) -> np.ndarray:
+def decoded_together(config: Config, costs: np.ndarray, numbers: np.ndarray) -> list[np.ndarray]:
+    """Microbatches of utterances of like length, longest first; under `preset: plain` of so many
+    utterances as they come."""
+    if config.performance.preset == "plain":
+        size = config.performance.plain_utterances
+        return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    return plan_in_order(costs, numbers, config.generation.microbatch_tokens)
+
+
+def _numbers_of(split: Split, part: Slice | None, config: Config) -> np.ndarray:
     """Utterances of the split that can be decoded, or those of a part of it."""
     kept = split.selection.kept
     if part is None:
         return kept
-    own = plan_in_order(split.costs, kept, budget)[part.number - 1 :: part.count]
+    own = decoded_together(config, split.costs, kept)[part.number - 1 :: part.count]
     return np.concatenate([kept[:0], *own])
 
 

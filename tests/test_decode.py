@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import pytest
@@ -11,7 +12,8 @@ from runs import TINY, run
 
 import speechllm.decode
 from speechllm.cli import main
-from speechllm.decode import Slice, generate_run, merge_slices
+from speechllm.config.load import load_config
+from speechllm.decode import Slice, decoded_together, generate_run, merge_slices
 from speechllm.errors import UserError
 from speechllm.world import World
 
@@ -53,6 +55,25 @@ def test_the_size_of_batches_changes_nothing(trained: Path, shards: Path) -> Non
     generate_run(trained, {"one": str(shards)}, ["generation.microbatch_tokens=120"], ALONE)
     generate_run(trained, {"many": str(shards)}, ["generation.microbatch_tokens=2000"], ALONE)
     assert lines(trained, "one") == lines(trained, "many")
+
+
+def test_the_plain_path_takes_utterances_as_they_come(trained: Path) -> None:
+    settings = ["performance.preset=plain", "performance.plain_utterances=5"]
+    config = load_config(str(trained / "config.yaml"), settings)
+    cut = decoded_together(config, np.zeros(0), np.arange(3, 15))
+    assert [part.tolist() for part in cut] == [[3, 4, 5, 6, 7], [8, 9, 10, 11, 12], [13, 14]]
+
+
+def test_the_plain_path_says_the_same(trained: Path, shards: Path) -> None:
+    few = ["data.max_seconds=0.5", "generation.max_new_tokens=12"]
+    about = trained / "predictions" / ".padded.json"
+    generate_run(trained, {"padded": str(shards)}, few, ALONE)
+    trimmed = about.read_text(encoding="utf-8")
+    generate_run(trained, {"padded": str(shards)}, [*few, "model.encoder.context=pad30"], ALONE)
+    assert about.read_text(encoding="utf-8") != trimmed, "not decoded anew for another encoder"
+    generate_run(trained, {"plain": str(shards)}, [*few, "performance.preset=plain"], ALONE)
+    assert 2 <= len(lines(trained, "plain")) <= 8
+    assert lines(trained, "plain") == lines(trained, "padded")
 
 
 def test_decoding_goes_on_where_it_was_cut_short(
