@@ -191,7 +191,7 @@ def test_keys_of_a_prompt_are_held_once_and_given_up_beams_are_forgotten(
 def test_what_has_another_cache_is_left_to_transformers(
     llama: SpeechLLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small = {
+    small: dict[str, Any] = {
         "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 30,
         "num_attention_heads": 2, "num_key_value_heads": 1,
     }  # fmt: skip
