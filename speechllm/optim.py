@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from speechllm.config.schema import Optim, Train
@@ -69,3 +69,17 @@ def build_adamw(parameters: Mapping[str, nn.Parameter], optim: Optim) -> AdamW:
         eps=optim.eps,
         fused=True,
     )
+
+
+def update(optimizer: AdamW, *, lr: float, norm: Tensor) -> None:
+    """One step at this rate, and none where the gradient's norm is not finite. The fused kernel
+    looks at that itself, on the device: the host does not wait to know."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = 1 - norm.isfinite().float()  # type: ignore[attr-defined]
+    optimizer.step()
+
+
+def updates_made(optimizer: AdamW) -> int:
+    """How many times `update` has changed something. Waits for the device."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 import pytest
 
 from speechllm.config.schema import Optim, Train
-from speechllm.optim import build_adamw, learning_rate, phase_of
+from speechllm.optim import build_adamw, learning_rate, phase_of, update, updates_made
 
 TOTAL = 100
 
@@ -73,3 +75,16 @@ def test_phases_start_anew_and_cover_the_run() -> None:
     assert phase_of(0, Train(steps=10)) == ("lm", 0, 10, 1.0)
     scaled = Train(steps=10, ctc_steps=4, ctc_lr_scale=2.0)
     assert [phase_of(step, scaled).lr_scale for step in (3, 4)] == [2.0, 1.0]
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = build_adamw({"weight": weight}, Optim())
+    assert updates_made(optimizer) == 0
+    for norm, updates in ((1.0, 1), (float("nan"), 1), (float("inf"), 1), (2.0, 2)):
+        weight.grad = torch.full((2, 2), norm)
+        before = weight.detach().clone()
+        update(optimizer, lr=0.1, norm=torch.tensor(norm))
+        assert torch.equal(weight, before) == (not math.isfinite(norm))
+        assert updates_made(optimizer) == updates
+        assert all(moment.isfinite().all() for moment in optimizer.state[weight].values())

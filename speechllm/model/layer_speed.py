@@ -22,8 +22,8 @@ from speechllm.model.attention import register
 from speechllm.model.hub import resolve, weight_files
 from speechllm.model.pretrained import ready_buffers
 
-SECONDS = 1.5  # that one comparison may take, warm-up included; slow devices do one round whatever
-ROUNDS = 9
+SECONDS = 1.5  # that one comparison may take, warm-up included, where that is enough for ROUNDS[0]
+ROUNDS = (3, 9)
 FLOPS_ON_CPU = 1e10  # of one forward and backward: a tenth of a second on two cores
 SMALL_BYTES = 40_000_000  # ten million parameters in fp32
 
@@ -137,7 +137,7 @@ def median_seconds(
     one action disturbs all; the first run of each warms up and is not counted.
     """
     warm_up = sum(_seconds(action, device) for action in actions.values())
-    rounds = max(1, min(ROUNDS, int(most / max(warm_up, 1e-9)) - 1))
+    rounds = max(ROUNDS[0], min(ROUNDS[1], int(most / max(warm_up, 1e-9)) - 1))
     found: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(rounds):
         for name, action in actions.items():

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from speechllm.config.schema import Config
 from speechllm.model.speech_llm import SpeechLLM
-from speechllm.optim import build_adamw
+from speechllm.optim import build_adamw, update, updates_made
 from speechllm.strategy.base import TrainableState, agree_to_load
 from speechllm.strategy.loss_scale import LossScale
 from speechllm.world import World
@@ -58,11 +58,7 @@ class DDPStrategy:
             gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
             torch._foreach_div_(gradients, self.loss_scale.value)
         norm = clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        # The fused update looks at this itself and does nothing, so the host need not know now.
-        self.optimizer.found_inf = 1 - norm.isfinite().float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        update(self.optimizer, lr=lr, norm=norm)
         if self.loss_scale.moves:
             self.loss_scale.update(finite=bool(norm.isfinite()), updates=self.updates)
         self.optimizer.zero_grad()
@@ -70,9 +66,7 @@ class DDPStrategy:
 
     @property
     def updates(self) -> int:
-        """That the optimizer has made. Reading it waits for the device."""
-        steps = [int(state["step"]) for state in self.optimizer.state.values()]
-        return max(steps, default=0)
+        return updates_made(self.optimizer)
 
     def full_state(self) -> TrainableState | None:
         if not self.world.is_main:

@@ -3,7 +3,6 @@ arXiv:2304.11277), and each rank reads only its own rows of the frozen weights."
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from speechllm.config.schema import FSDP2Strategy as Settings
 from speechllm.model.layers import transformer_layers
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.model.weights import FrozenWeights
-from speechllm.optim import build_adamw
+from speechllm.optim import build_adamw, update, updates_made
 from speechllm.strategy.base import TrainableState, agree_to_load
 from speechllm.strategy.loss_scale import LossScale
 from speechllm.world import World
@@ -46,7 +45,6 @@ class FSDP2Strategy:
         self.optimizer = build_adamw(self.parameters, config.optim)
         self.max_grad_norm = config.optim.max_grad_norm
         self.loss_scale = LossScale(config.precision)
-        self.updates = 0
 
     @contextmanager
     def microbatch(self, *, last: bool) -> Iterator[None]:
@@ -60,20 +58,21 @@ class FSDP2Strategy:
         # FSDP2 averages over ranks; the shares must be added.
         (loss * (self.world.size * self.loss_scale.value)).backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor | float:
         if self.loss_scale.moves:
             for parameter in self.parameters.values():
                 if parameter.grad is not None:
                     parameter.grad.div_(self.loss_scale.value)
-        norm = float(_whole(clip_grad_norm_(self.parameters.values(), self.max_grad_norm)))
-        if math.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self.updates += 1
-        self.loss_scale.update(finite=math.isfinite(norm), updates=self.updates)
+        norm = _whole(clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        update(self.optimizer, lr=lr, norm=norm)
+        if self.loss_scale.moves:
+            self.loss_scale.update(finite=bool(norm.isfinite()), updates=self.updates)
         self.optimizer.zero_grad()
         return norm
+
+    @property
+    def updates(self) -> int:
+        return updates_made(self.optimizer)
 
     def full_state(self) -> TrainableState | None:
         copies: dict[str, list[Tensor]] = {}
@@ -88,7 +87,7 @@ class FSDP2Strategy:
 
     @torch.no_grad()
     def load_full_state(self, state: TrainableState | None) -> None:
-        self.updates, scale = agree_to_load(state, self.parameters, self.world)
+        updates, scale = agree_to_load(state, self.parameters, self.world)
         self.loss_scale.load(scale)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -103,7 +102,7 @@ class FSDP2Strategy:
             )
             parameter.copy_(weight)
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(self.updates), device=self.world.device),
+                "step": torch.tensor(float(updates), device=self.world.device),
                 "exp_avg": exp_avg,
                 "exp_avg_sq": exp_avg_sq,
             }
