@@ -162,6 +162,7 @@ def measure(
         "plain": results[PLAIN],
         "full": results[FULL],
         "speedup": entries[len(chain) - 1]["ratio"],
+        "operations_ratio": _operations(results[PLAIN]) / _operations(results[FULL]),
         "ablation": entries,
         "gemm_peak_flops": _middle_of([gemm["own"] for gemm in bench.gemm]),
         "gemm_best_flops": _middle_of([gemm["best"] for gemm in bench.gemm]),
@@ -266,6 +267,12 @@ def _source(options: argparse.Namespace, config: Config) -> list[str]:
     if options.source:
         return list(options.source)
     return [pattern for pattern in config.data.train if Path(pattern).exists()]
+
+
+def _operations(result: dict[str, Any]) -> float:
+    """Run for an utterance, needed or not."""
+    step: float = sum(result["flops_run_per_step"].values())
+    return step * result["steps"] / result["utterances"]
 
 
 def _middle(found: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -43,14 +43,14 @@ def way_result(rounds: Sequence[Found], peaks: Sequence[Found]) -> dict[str, Any
     """Medians over the rounds. peaks: of the matrix products, measured in the same rounds."""
     speeds = [found["utterances"] / found["seconds"] for found in rounds]
     last = rounds[-1]
-    needed = sum(last["flops"].values())
+    needed, run = (_parts(last, kind) for kind in ("flops", "run"))
 
     def middle(value: Callable[[Found], float]) -> float:
         return median(value(found) for found in rounds)
 
     def used(peak: str) -> float:
         return median(
-            needed / found["seconds"] / gemm[peak]
+            sum(needed.values()) / found["seconds"] / gemm[peak]
             for found, gemm in zip(rounds, peaks, strict=False)
         )
 
@@ -76,10 +76,19 @@ def way_result(rounds: Sequence[Found], peaks: Sequence[Found]) -> dict[str, Any
         "utterances": last["utterances"],
         "llm_positions_per_step": _pair(last, "positions_run", "positions_useful"),
         "encoder_frames_per_step": _pair(last, "frames_run", "frames_real"),
-        "flops_per_step": {name: value / steps for name, value in last["flops"].items()},
+        "flops_per_step": {name: value / steps for name, value in needed.items()},
+        "flops_run_per_step": {name: value / steps for name, value in run.items()},
         "loss": last["loss"],
         "watts": last["watts"],
         "settings": last["settings"],
+    }
+
+
+def _parts(found: Found, kind: str) -> dict[str, float]:
+    return {
+        name.partition(".")[2]: value
+        for name, value in found.items()
+        if name.startswith(f"{kind}.")
     }
 
 
@@ -174,6 +183,11 @@ def show(result: dict[str, Any]) -> None:
         console.print(table)
 
 
+def _gflops(found: Found) -> str:
+    run, needed = (sum(found[k].values()) for k in ("flops_run_per_step", "flops_per_step"))
+    return f"{run / 1e9:.0f} / {needed / 1e9:.0f}"
+
+
 def _percent(key: str) -> Callable[[Found], str]:
     return lambda found: "-" if found[key] is None else f"{found[key]:.1%}"
 
@@ -185,6 +199,7 @@ def _positions(key: str) -> Callable[[Found], str]:
 _ROWS: tuple[tuple[str, Callable[[Found], str]], ...] = (
     ("step, s", lambda found: f"{found['step_seconds']:.3f}"),
     ("of backward: the LLM's layers, s", lambda found: f"{found['details']['llm_backward']:.3f}"),
+    ("GFLOP run / needed", _gflops),
     ("LLM positions run / needed", _positions("llm_positions_per_step")),
     ("encoder frames run / needed", _positions("encoder_frames_per_step")),
     ("audio s/s", lambda found: f"{found['audio_seconds_per_second']:.1f}"),

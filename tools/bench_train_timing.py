@@ -103,10 +103,14 @@ class Timeline:
 
 @dataclass
 class Counts:
-    """What encoder and LLM were run on, as their first layers saw it. llm_shapes: rows, columns."""
+    """What encoder and LLM were run on, as their first layers saw it: rows, columns."""
 
-    encoder_frames: int = 0
+    encoder_shapes: list[tuple[int, int]] = field(default_factory=list)
     llm_shapes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def encoder_frames(self) -> int:
+        return sum(rows * frames for rows, frames in self.encoder_shapes)
 
     @property
     def llm_positions(self) -> int:
@@ -202,6 +206,6 @@ def _llm_begins(timeline: Timeline, counts: Counts) -> Callable[..., None]:
 def _encoder_begins(counts: Counts) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        counts.encoder_frames += hidden.shape[0] * hidden.shape[1]
+        counts.encoder_shapes.append((hidden.shape[0], hidden.shape[1]))
 
     return hook

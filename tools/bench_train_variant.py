@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-import bench_train_flops as flops
+from bench_train_count import Work
 from bench_train_device import communication_seconds, memory_snapshot, peak_resident, power
 from bench_train_sample import Sample
 from bench_train_timing import DETAILS, PHASES, Counts, TimedStrategy, Timeline, instrumented
@@ -25,33 +24,16 @@ from speechllm.config.load import dump_config
 from speechllm.config.schema import Config
 from speechllm.data.plan import EpochPlan
 from speechllm.garbage import CollectedBySteps
-from speechllm.model.frontend import num_frames
-from speechllm.planner.advice import Machine, config_name, job_of
-from speechllm.planner.architecture import read_architecture
-from speechllm.planner.memory import estimate_memory
-from speechllm.planner.workload import of_split, shape_of
+from speechllm.planner.advice import config_name
+from speechllm.planner.workload import of_split
 from speechllm.prepare import prepare_model, prepare_text
 from speechllm.settle import settle
 from speechllm.step import agree, run_step
 from speechllm.strategy.build import build_strategy
 from speechllm.training_data import open_training, train_loader
 from speechllm.transfer import Transfer
-from speechllm.types import IGNORE, Batch, Microbatch, StepData
+from speechllm.types import StepData
 from speechllm.world import World
-
-
-@dataclass
-class Seen:
-    """What a round went through on this rank."""
-
-    utterances: int = 0
-    audio_seconds: float = 0.0
-    target_tokens: int = 0
-    positions_useful: int = 0  # neither padding nor the prompt's common prefix
-    positions_real: int = 0  # no padding
-    frames_real: int = 0
-    rows: list[flops.Row] = field(default_factory=list)
-    predicted_bytes: int = 0  # by the planner, for the costliest microbatch
 
 
 class Variant:
@@ -86,9 +68,9 @@ class Variant:
         )
         self.timeline = Timeline(world.device)
         self.strategy = TimedStrategy(strategy, self.timeline)
-        self.architecture = read_architecture(config.model)
-        self.frozen_llm = not any(p.requires_grad for p in self.model.llm.parameters())
-        self.prefix = len(self.text.prefix) if self.frozen_llm else 0  # needed in no row
+        frozen = not any(p.requires_grad for p in self.model.llm.parameters())
+        prefix = len(self.text.prefix) if frozen else 0
+        self.work = Work(config, world, self.text.audio_tokens, prefix)
         self.transfer = Transfer(world.device)
         self.load_peak = peak_resident()
         self._warm_up()
@@ -112,7 +94,7 @@ class Variant:
         """The sample at learning rate 0, so that the sum of its losses is the same for any cut into
         microbatches. Its first step is read before the clock starts; while it runs, as many steps
         are read as it has. synthetic: all of them before, and again and again the same."""
-        seen, counts, steps = Seen(), Counts(), self.sample.num_steps
+        counts, steps = Counts(), self.sample.num_steps
         losses, step_seconds = [], []
         with (
             self._steps(steps, synthetic) as source,
@@ -135,14 +117,12 @@ class Variant:
                 lap = now
             spent = self.timeline.read()
             seconds = time.perf_counter() - begun
-        for data in done:
-            self._count(data, seen)
-        found = self._result(seen, counts, spent, seconds, step_seconds, losses)
+        found = self._result(done, counts, spent, seconds, step_seconds, losses)
         return {**found, "watts": sum(watts) / len(watts) if watts else None}
 
     def _result(
         self,
-        seen: Seen,
+        done: list[StepData],
         counts: Counts,
         spent: dict[str, float],
         seconds: float,
@@ -150,32 +130,22 @@ class Variant:
         losses: list[torch.Tensor],
     ) -> dict[str, Any]:
         steps = len(step_seconds)
-        work = flops.count_flops(self.architecture, seen.rows)
-        names = (
-            "utterances", "audio_seconds", "target_tokens", "positions_useful", "positions_real",
-            "frames_real",
-        )  # fmt: skip
-        mine = [float(getattr(seen, name)) for name in names]
-        mine += [counts.llm_positions, counts.encoder_frames, float(sum(losses))]
-        total = self.world.sum([*mine, *work.values()])
-        sums = dict(zip((*names, "positions_run", "frames_run", "loss", *work), total, strict=True))
-        parts = {name: int(sums.pop(name)) for name in work}
+        mine = self.work.sums(done, counts) | {"loss": float(sum(losses))}
+        sums = dict(zip(mine, self.world.sum(list(mine.values())), strict=True))
+        sums["loss"] /= max(sums["target_tokens"], 1)
+        on_cuda = self.world.device.type == "cuda"
         return {
             **sums,
-            "loss": sums["loss"] / max(sums["target_tokens"], 1),
             "seconds": seconds,
             "steps": steps,
             "step_seconds": step_seconds,
-            "flops": parts,
             "phases": {name: spent.get(name, 0.0) / steps for name in PHASES},
             "details": {name: spent.get(name, 0.0) / steps for name in DETAILS},
             "llm_shapes": counts.llm_shapes,
             "peak_rss_bytes": peak_resident(),
             "load_peak_rss_bytes": self.load_peak,
-            "peak_device_bytes": (
-                torch.cuda.max_memory_allocated() if self.world.device.type == "cuda" else None
-            ),
-            "predicted_bytes": seen.predicted_bytes,
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if on_cuda else None,
+            "predicted_bytes": self.work.predicted_bytes(done),
             "settings": self.settings(),
         }
 
@@ -186,28 +156,27 @@ class Variant:
         ordered = kept[self.split.costs[kept].argsort(kind="stable")]
         middle = len(ordered) // 2
         batch = self.loader.read(0, ordered[middle : middle + 1]).batch
-        shared = 0 if self.config.performance.prefix_cache == "off" else self.prefix
-        rows = min(len(ordered), max(1, round(tokens / (batch.lengths[0] - shared))))
+        columns = batch.lengths[0] - self.work.left_out
+        rows = min(len(ordered), max(1, round(tokens / columns)))
         first = middle - rows // 2
         microbatch = self.loader.read(0, ordered[first : first + rows])
-        seen, counts = Seen(), Counts()
+        counts = Counts()
         with instrumented(self.model, self.timeline, counts):
             self._step(StepData(0, 0, [microbatch]), 0)
             self.timeline.read()
             counts.llm_shapes.clear()
             self._step(StepData(0, 0, [microbatch]), 0)
             spent = self.timeline.read()
-        self._count(StepData(0, 0, [microbatch]), seen)
-        work = flops.count_flops(self.architecture, seen.rows)
+        needed = self.work.sums([StepData(0, 0, [microbatch])], counts)
         seconds = spent["llm_forward"] + spent["llm_backward"]
         return {
             "tokens": tokens,
             "shapes": counts.llm_shapes,
-            "positions": seen.positions_useful,
+            "positions": int(needed["positions_useful"]),
             "forward_seconds": spent["llm_forward"],
             "backward_seconds": spent["llm_backward"],
-            "flops": work["llm"],
-            "flops_per_second": work["llm"] / seconds,
+            "flops": needed["flops.llm"],
+            "flops_per_second": needed["flops.llm"] / seconds,
         }
 
     def checkpoint(self) -> dict[str, float]:
@@ -301,41 +270,3 @@ class Variant:
                 return
             ready = [next(steps) for _ in range(count)]
         yield cycle(ready)
-
-    def _count(self, data: StepData, seen: Seen) -> None:
-        for microbatch in data.microbatches:
-            if microbatch.weight:
-                self._count_microbatch(microbatch, seen)
-
-    def _count_microbatch(self, microbatch: Microbatch, seen: Seen) -> None:
-        batch = microbatch.batch
-        rows = self._rows(batch)
-        seen_prefix = self.prefix if self.config.performance.prefix_cache == "off" else 0
-        seen.rows += rows
-        seen.utterances += microbatch.utterances
-        seen.audio_seconds += microbatch.audio_seconds
-        seen.target_tokens += batch.num_target_tokens
-        seen.positions_useful += sum(row.positions for row in rows)
-        seen.positions_real += seen_prefix * len(rows) + sum(row.positions for row in rows)
-        seen.frames_real += sum(row.frames for row in rows)
-        machine = Machine(self.world.size, 0, on_cpu=self.world.device.type != "cuda")
-        job = job_of(self.config, self.architecture, machine)
-        parts = estimate_memory(job, shape_of(batch), config_name(self.config))
-        seen.predicted_bytes = max(seen.predicted_bytes, sum(parts.values()))
-
-    def _rows(self, batch: Batch) -> list[flops.Row]:
-        labels = (batch.labels_BS[:, 1:] != IGNORE).sum(1).tolist()
-        assert len(batch.audio_samples) == len(batch.lengths), "one audio a row"
-        encodes = batch.frames is None
-        return [
-            flops.Row(
-                frames=num_frames(samples) if encodes else 0,
-                tokens=int(self.text.audio_tokens(samples)),
-                positions=length - self.prefix,
-                prefix=self.prefix,
-                labels=count,
-            )
-            for samples, length, count in zip(
-                batch.audio_samples, batch.lengths, labels, strict=True
-            )
-        ]

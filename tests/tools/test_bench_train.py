@@ -266,6 +266,11 @@ def test_the_plain_path_runs_more_than_is_needed(result: dict[str, Any]) -> None
         assert needed == plain[key]["needed"] * plain["steps"]
         assert needed <= full[key]["run"] * full["steps"] < plain[key]["run"] * plain["steps"]
 
+    for way in (plain, full):
+        for part, needed in way["flops_per_step"].items():
+            assert way["flops_run_per_step"][part] >= needed, part
+    assert result["operations_ratio"] > 2
+
 
 def test_the_trace_is_a_chrome_trace(result: dict[str, Any]) -> None:
     events = json.loads(Path(result["trace_file"]).read_text())["traceEvents"]
