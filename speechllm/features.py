@@ -8,16 +8,15 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
-
-from transformers import AutoConfig
 
 from speechllm.config.schema import Config
 from speechllm.data.cache import BlockCache
 from speechllm.data.features import Dtype, FeatureStore, content_hash, feature_path, open_features
 from speechllm.data.files import local_path
 from speechllm.data.index import open_index
-from speechllm.errors import ConfigError, DataError
+from speechllm.errors import ConfigError, DataError, ModelError
 from speechllm.log import logger
 from speechllm.model.frontend import FRAME_SAMPLES, MEL_HOP, WINDOW
 from speechllm.model.hub import hash_weights, resolve
@@ -25,6 +24,7 @@ from speechllm.prepare import Split
 from speechllm.types import SAMPLE_RATE
 
 _KEY_LENGTH = 12
+_SHOWN = 40  # characters of a value that is another
 _THREADS = 16
 # What a Whisper's frames follow from besides its weights, by the names of its config.json.
 _ARCHITECTURE = (
@@ -59,18 +59,28 @@ def kind_of(config: Config, dtype: Dtype) -> Kind:
             "model.unfreeze_encoder_layers=0"
         )
     directory = resolve(encoder.id, encoder.revision)
-    about = AutoConfig.from_pretrained(directory)
+    about = _architecture(encoder.id, directory)
     fp32 = config.precision == "fp32" or config.model.frozen_dtype == "fp32"
     facts = {
         "weights": hash_weights(directory),
-        "architecture": {name: getattr(about, name, None) for name in _ARCHITECTURE},
+        "architecture": about,
         "model.encoder.context": encoder.context,
         "precision": config.precision,
         "frozen weights": "fp32" if fp32 else "bf16",
         "front end": [SAMPLE_RATE, FRAME_SAMPLES, MEL_HOP, WINDOW],
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return Kind(digest[:_KEY_LENGTH], dtype, int(about.d_model), facts)
+    return Kind(digest[:_KEY_LENGTH], dtype, int(about["d_model"]), facts)
+
+
+def _architecture(id: str, directory: Path) -> dict[str, Any]:
+    try:
+        about = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{directory}/config.json: is no JSON ({error}); get it again") from error
+    if about.get("model_type") != "whisper":
+        raise ModelError(f"{id} is a {about.get('model_type')} model, not a Whisper")
+    return {name: about.get(name) for name in _ARCHITECTURE}
 
 
 def read_features(config: Config, split: Split, key: str) -> Split:
@@ -129,7 +139,7 @@ def _others(tar: str, kind: Kind) -> str:
         if facts == kind.facts:
             return f", but {path} is"
         named = [
-            f"{name} {facts.get(name)}, now {kind.facts[name]}"
+            f"{name} {str(facts.get(name))[:_SHOWN]}, now {str(kind.facts[name])[:_SHOWN]}"
             for name in kind.facts
             if facts.get(name) != kind.facts[name]
         ]

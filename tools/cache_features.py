@@ -229,7 +229,7 @@ def _show(report: dict[str, Any], work: Work, kind: Kind) -> None:
     table.add_row("of these written now", f"{report['utterances_written_now']:,}")
     if report["not_decodable"]:
         table.add_row("could not be decoded", f"{report['not_decodable']:,}")
-    table.add_row("audio", f"{report['audio_hours']:.2f} h")
+    table.add_row("audio", hours(3600 * report["audio_hours"]))
     per_hour = size(1e9 * report["gigabytes_per_hour"])
     table.add_row("size", f"{size(report['bytes'])} ({per_hour} an hour)")
     table.add_row("relative RMS error", f"{report['relative_rms_error']:.2e}")

@@ -170,6 +170,7 @@ def test_an_encoder_that_hears_something_else_every_time_is_refused(
         (["--task", "3", "--num-tasks", "2"], "tasks are numbered 1 to 2"),
         (["data.train=[]"], "no shards: set data.train=DIR"),
         (["model.encoder.kind=fbank"], "only outputs of a frozen encoder"),
+        (["model.encoder.id=random:llama"], "random:llama is a llama model, not a Whisper"),
         (["--split", "memory://x/a.tar"], "no such shard"),
     ],
 )
