@@ -1,6 +1,6 @@
 """The scaling model of `speechllm plan --scale` beside real steps of one and two processes.
 
-python tools/bench_scaling.py [--strategies ddp,fsdp2,zero2,zero3] [--steps 7] [--json FILE]
+python tools/bench_scaling.py [--strategies ddp,fsdp2,zero2,zero3] [--steps 9] [--json FILE]
 
 Under torchrun with one and with two processes (gloo, one thread each) the same steps run under each
 strategy. The compute of a microbatch comes from one process, the link from all-reduces between two
@@ -98,7 +98,7 @@ def configuration(directory: Path, strategy: str, *more: str) -> Config:
     return load_config(
         str(ROOT / "configs" / "tiny.yaml"),
         [
-            f"data.train={directory / 'shards'}", "data.microbatch_tokens=256",
+            f"data.train={directory / 'shards'}", "data.microbatch_tokens=128",
             f"data.microbatches_per_step={MICROBATCHES}", "data.num_workers=0", "precision=fp32",
             f"model.llm.id={directory / 'llm'}", "model.llm.attention=sdpa",
             "performance.packing=off",
@@ -108,7 +108,7 @@ def configuration(directory: Path, strategy: str, *more: str) -> Config:
 
 
 def write_data(
-    directory: Path, *, hidden: int = 384, layers: int = 6, utterances: int = 400
+    directory: Path, *, hidden: int = 384, layers: int = 4, utterances: int = 400
 ) -> None:
     """Utterances of one length, so that all microbatches cost the same; and the LLM."""
     build_tiny_llm(directory / "llm", kind="llama", hidden=hidden, layers=layers, heads=6)
@@ -170,8 +170,9 @@ def measure(
         with Counted() as counted:
             run_one(run, data[-1], len(data))
         collectives[name] = dict(sorted(counted.found.items()))
-    middle = {name: statistics.median(spent[WARM:]) for name, spent in seconds.items()}
-    return {"seconds": middle, "collectives": collectives}
+    timed = {name: spent[WARM:] for name, spent in seconds.items()}
+    middle = {name: statistics.median(spent) for name, spent in timed.items()}
+    return {"seconds": middle, "steps": timed, "collectives": collectives}
 
 
 def measure_link(world: World) -> dict[str, dict[int, float]]:
@@ -280,6 +281,8 @@ def compare(
         "link": {"latency_seconds": link.seconds, "bytes_per_second": link.bytes_per_second},
         "link_measured_seconds": two["link"],
         "side_by_side_slowdown": together / solo,
+        "steps_of_one": one["steps"],
+        "steps_of_two": two["steps"],
         "strategies": rows,
     }
 
@@ -305,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--strategies", default=",".join(STRATEGIES), help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=7, help="timed steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

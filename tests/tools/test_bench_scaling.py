@@ -18,11 +18,12 @@ def test_a_link_is_found_again() -> None:
 
 def test_predictions_beside_measurements(tmp_path: Path) -> None:
     build_tiny_llm(tmp_path / "llm")
-    one = {"seconds": {"solo": 4.0, "ddp": 5.0}}
+    one = {"seconds": {"solo": 4.0, "ddp": 5.0}, "steps": {}}
     two = {
         "link": {"all_reduce": {n: 1e-3 + n / 5e8 for n in (64, 2**16, 2**20, 2**24)}},
         # The machine is slower by a tenth than it was for one, and two processes by a quarter.
         "seconds": {"solo": 4.4, "side_by_side": 5.5, "ddp": 3.5},
+        "steps": {},
         "collectives": {"ddp": {"all_reduce": [3, 100]}},
     }
     found = compare(tmp_path, ["ddp"], one, two)
