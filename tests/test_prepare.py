@@ -7,8 +7,9 @@ import numpy as np
 
 import pytest
 from http_files import serve
-from runs import tiny_config
+from runs import TINY, tiny_config
 
+from speechllm.config.load import load_config
 from speechllm.errors import DataError
 from speechllm.prepare import open_split, prepare_text
 from speechllm.training_data import epoch_plans, train_loader
@@ -53,3 +54,15 @@ def test_hours_and_costs_of_a_split(tmp_path: Path, shards: Path) -> None:
     assert split.hours == pytest.approx(split.corpus.durations.sum() / 3600)
     assert split.costs.dtype == np.int32
     assert split.table.bounds[-1] == len(split.selection.kept) == 48
+
+
+def test_the_runs_prefix_is_shared_by_all_data_sets(tmp_path: Path, shards: Path) -> None:
+    plain = tiny_config(tmp_path, shards, 'model.prompt.texts=["Write: {audio}"]')
+    text = prepare_text(plain)
+    assert text.prefix == text.prompter.pieces("Write: {audio}")[0]
+    other = 'data.mixture.a.prompt.texts=["Writing what they say: {audio}"]'
+    mixed = load_config(
+        TINY, ['model.prompt.texts=["Write: {audio}"]', f"data.mixture.a.shards={shards}", other]
+    )
+    text = prepare_text(mixed)
+    assert text.tokenizer.decode(text.prefix) == "<|im_start|>user\nWrit"

@@ -65,7 +65,7 @@ class WhisperFrames(nn.Module):
             # The last chunk of a row is shorter than the others of a batch, but for chance.
             frames_CTD, counts_C = self._encode(chunks_CN, chunk_lengths_C, masks, ragged=True)
             return _join(frames_CTD, counts_C, num_frames(lengths_A), num_frames(audio_AN.shape[1]))
-        ragged = len(set(map(num_frames, samples))) > 1
+        ragged = num_frames(min(samples)) < num_frames(audio_AN.shape[1])
         return self._encode(audio_AN, lengths_A, masks, ragged=ragged)
 
     def _encode(
@@ -84,7 +84,7 @@ class WhisperFrames(nn.Module):
         return frames_ATD[:, : num_frames(audio_AN.shape[1])], counts_A
 
     def _transformer(self, mel_AFM: Tensor, counts_A: Tensor, *, ragged: bool) -> Tensor:
-        """Features and their frame counts -> frames; rows' padding, where the counts differ
+        """Features and their frame counts -> frames; rows' padding, where there is any
         (`ragged`), is never attended to.
 
         The convolutions need no mask: features beyond a row's count are zero like a convolution's

@@ -48,12 +48,16 @@ class _LabelLoss(torch.autograd.Function):
         slopes = []
         chunks = zip(hidden_LW.split(rows), labels_L.split(rows), strict=True)
         for hidden_CW, labels_C in chunks if len(labels_L) else ():
-            logits_CV = functional.linear(hidden_CW, weight_VW, bias_V)
-            correct += (logits_CV.argmax(1) == labels_C).sum()
-            log_shares_CV = logits_CV.log_softmax(1, dtype=torch.float32)
-            loss -= log_shares_CV.gather(1, labels_C[:, None]).sum()
+            logits_CV = functional.linear(hidden_CW, weight_VW, bias_V).float()
+            # By hand and in place: a quarter faster on a CPU than log_softmax and its exponential.
+            largest_C, guesses_C = logits_CV.max(1)
+            correct += (guesses_C == labels_C).sum()
+            wanted_C = logits_CV.gather(1, labels_C[:, None])[:, 0] - largest_C
+            shares_CV = logits_CV.sub_(largest_C[:, None]).exp_()
+            totals_C = shares_CV.sum(1)
+            loss += (totals_C.log() - wanted_C).sum()
             if ctx.needs_input_grad[0]:
-                shares_CV = log_shares_CV.exp_()
+                shares_CV.mul_(totals_C.reciprocal_()[:, None])
                 shares_CV.scatter_add_(1, labels_C[:, None], -torch.ones_like(shares_CV[:, :1]))
                 slopes.append(shares_CV.to(weight_VW.dtype) @ weight_VW)
         if ctx.needs_input_grad[0]:

@@ -176,6 +176,16 @@ def test_empty_pieces_make_no_segment(tokenizer) -> None:
     assert prompter.max_prompt_tokens == 1
 
 
+def test_the_prefix_is_what_all_configured_texts_begin_with(tokenizer) -> None:
+    about = Prompt(texts=("Please write: {audio}", "Please transcribe this. {audio}"))
+    prompter = Prompter(tokenizer, about, 0)
+    assert tokenizer.decode(prompter.prefix) == "<|im_start|>user\nPlease "
+    for text in about.texts:
+        assert prompter.pieces(text)[0][: len(prompter.prefix)] == prompter.prefix
+    other = Prompter(tokenizer, Prompt(kind="plain", texts=("a{audio}", "b{audio}")), 0)
+    assert other.prefix == ()
+
+
 def test_text_is_chosen_by_seed_epoch_and_key_alone(tokenizer) -> None:
     several = Prompt(kind="plain", texts=("a{audio}", "b{audio}", "c{audio}"))
 

@@ -80,6 +80,23 @@ def test_batch_mates_and_padding_change_nothing(make) -> None:  # type: ignore[n
         torch.testing.assert_close(frames, encode(encoder, [samples])[0], atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_rows_of_one_length_need_no_mask_unless_the_batch_is_wider() -> None:
+    encoder = whisper()
+    masks: list[bool] = []
+    encoder.encoder.layers[0].register_forward_pre_hook(
+        lambda _, args: masks.append(args[1] is not None)
+    )
+    samples = noise(5_000, seed=1)
+    alone = encode(encoder, [samples, samples])[0]
+    wider = encode(encoder, [samples, samples], width=9_000)[0]
+    audio_AN = torch.from_numpy(np.stack([samples, samples]))
+    told, _ = encoder(audio_AN, torch.tensor([5_000, 5_000]), None, (5_000, 5_000))
+    assert masks == [False, True, False]
+    torch.testing.assert_close(wider, alone, atol=1e-6, rtol=1e-5)
+    assert told[0].equal(alone)
+
+
 @pytest.mark.parametrize("make", [whisper, filterbank])
 def test_every_frame_depends_on_its_own_audio(make) -> None:  # type: ignore[no-untyped-def]
     encoder = make()

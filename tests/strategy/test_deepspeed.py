@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pytest
 from forked_function import on_ranks
 from runs import PATIENCE, ROOT, TINY, metrics, tiny_config
-from speech_models import END, PAD, asr, batch_of, noise
+from speech_models import END, PAD, PREFIX, asr, batch_of, noise
 
 from speechllm.config.load import load_config
 from speechllm.config.schema import Config
@@ -71,7 +71,8 @@ def config_of(kind: str, precision: str = "fp32") -> Config:
 
 
 def build(config: Config, world: World) -> tuple[SpeechLLM, Strategy]:
-    model = prepare_model(config, world.device, ctc=True, sharded=True)
+    prefix = PREFIX if world.size > 1 else ()  # alone it is run in every row
+    model = prepare_model(config, world.device, prefix=prefix, ctc=True, sharded=True)
     return model, build_strategy(config, model, world)
 
 
