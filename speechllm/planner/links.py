@@ -67,7 +67,7 @@ PRESETS = {
         Network("nvlink+8xib200", Link(5e-6, 240e9), Link(10e-6, 160e9)),
         Network("nvlink+eth100", Link(5e-6, 240e9), Link(30e-6, 10e9)),
         Network("pcie+eth10", Link(10e-6, 25.6e9), Link(50e-6, 1e9)),
-        Network("gloo-local", Link(150e-6, 1e9), Link(150e-6, 1e9)),
+        Network("gloo-local", Link(250e-6, 0.6e9), Link(250e-6, 0.6e9)),
     )
 }
 DEFAULT = "nvlink+ib200"
