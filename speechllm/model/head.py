@@ -96,12 +96,15 @@ def chunked_loss(
 
 def liger_loss(hidden_LW: Tensor, head: nn.Linear, labels_L: Tensor) -> LossSums:
     """As `chunked_loss`, by the kernels of liger-kernel. Never run here: it wants CUDA."""
+    output = _liger()(head.weight, hidden_LW.to(head.weight.dtype), labels_L, head.bias)
+    correct = (output.predicted_tokens == labels_L).sum()
+    return LossSums(output.loss, correct, torch.full((), len(labels_L), device=hidden_LW.device))
+
+
+def _liger() -> Any:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    fused = LigerFusedLinearCrossEntropyLoss(reduction="sum", return_token_accuracy=True)
-    output = fused(head.weight, hidden_LW.to(head.weight.dtype), labels_L, head.bias)
-    count = torch.full((), len(labels_L), device=hidden_LW.device)
-    return LossSums(output.loss, (output.token_accuracy * count).round(), count)
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", return_predicted_tokens=True)
 
 
 def refuse_liger(device: torch.device, head: nn.Linear | None, model_type: str) -> None:
@@ -113,15 +116,13 @@ def refuse_liger(device: torch.device, head: nn.Linear | None, model_type: str) 
         )
     if head is None:
         raise ConfigError(
-            f"performance.head=liger: the logits of a {model_type} model are more than its output "
-            "matrix, or that trains; set performance.head=torch"
+            f"performance.head=liger: the logits of this {model_type} model are not known to be "
+            "the product with a frozen output matrix and no more; set performance.head=torch"
         )
     try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-        LigerFusedLinearCrossEntropyLoss(reduction="sum", return_token_accuracy=True)
+        _liger()
     except (ImportError, TypeError) as error:
         raise ConfigError(
-            f"performance.head=liger: {error}; install liger-kernel 0.6.4 or newer (pip install "
-            "liger-kernel), or set performance.head=torch"
+            f"performance.head=liger: {error}; install a newer liger-kernel (0.8.5 will do: "
+            "pip install -U liger-kernel), or set performance.head=torch"
         ) from error

@@ -115,7 +115,14 @@ def choose(
         logger.info("performance.prefix_cache: the prompt is run in every row: %s", reason)
         prefix = ()
     head = plain_head(llm)
+    if performance.label_logits and head is None:
+        logger.info("performance.logits_megabytes: %s makes its logits itself, in one piece", name)
     if performance.head == "liger":
+        if not performance.label_logits:
+            raise ConfigError(
+                "performance.head=liger makes logits of trained positions only; set "
+                "performance.label_logits=true or performance.head=torch"
+            )
         refuse_liger(device, head, llm.config.model_type)
     return Shortcuts(
         plain=plain,
