@@ -21,11 +21,9 @@ from speechllm.train import train
 from speechllm.world import connected
 
 SETTINGS = (
-    "train.steps=4",
-    "data.num_workers=0",
-    "evaluation.every=4",
-    "model.connector.dropout=0",
-)
+    "train.steps=4", "data.num_workers=0", "evaluation.every=4", "evaluation.wer_utterances=2",
+    "generation.max_new_tokens=2", "model.connector.dropout=0",
+)  # fmt: skip
 
 
 @pytest.fixture
