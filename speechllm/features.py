@@ -90,7 +90,7 @@ def read_features(config: Config, split: Split, key: str) -> Split:
     any shard's are missing, stale or of other settings.
     """
     dtype = config.performance.encoder_cache
-    if dtype == "off":
+    if dtype == "off" or isinstance(split.store, FeatureStore):
         return split
     corpus, kind = split.corpus, kind_of(config, dtype)
 

@@ -21,6 +21,7 @@ from speechllm.data.plan import ORDER, EpochPlan, plan_epoch
 from speechllm.data.plan_table import PlanTable, plan_table
 from speechllm.data.selection import costs_at
 from speechllm.data.shared import SHARED_UTTERANCES, shared_arrays
+from speechllm.features import read_features
 from speechllm.model.build import audio_token_counter
 from speechllm.prepare import Split, TextSide, open_split, plan_settings
 
@@ -116,7 +117,12 @@ def train_loader(
     rank: int,
     world: int,
 ) -> TrainLoader:
-    """The endless steps of a rank. Raises DataError where noises or responses are missing."""
+    """The endless steps of a rank, from audio or, as `performance.encoder_cache` says, from what the
+    encoder made of it.
+
+    Raises DataError where noises or responses are missing, ConfigError as `read_features`.
+    """
+    split = read_features(config, split, training_key(config))
     augmentation = config.data.augmentation
     of_shard = split.mixture.of_shard if split.mixture is not None else ()
     return TrainLoader(

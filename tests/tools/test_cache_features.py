@@ -16,8 +16,11 @@ from speechllm.check import check
 from speechllm.config.load import load_config
 from speechllm.data.shards import write_shard
 from speechllm.errors import ConfigError, UserError
+from speechllm.features import read_features
 from speechllm.model.encoder import WhisperFrames
+from speechllm.prepare import prepare_text
 from speechllm.train import train
+from speechllm.training_data import epoch_plans, open_training, train_loader
 from speechllm.world import connected
 
 SETTINGS = (
@@ -142,6 +145,12 @@ def test_frames_of_other_audio_are_stale(shards: Path) -> None:
         shards.parent / "run", shards, *data(shards)[1:], "performance.encoder_cache=int8"
     )
     assert "ok       data.train: int8 outputs of the encoder" in "\n".join(check(config).lines)
+    text = prepare_text(config)
+    split = open_training(config, text)
+    loader = train_loader(config, split, text, epoch_plans(config, split), rank=0, world=1)
+    assert loader.read(0, split.selection.kept[:2]).batch.frames is not None
+    cached = read_features(config, split, "data.train")
+    assert read_features(config, cached, "data.train") is cached
 
 
 @pytest.mark.parametrize(
