@@ -117,8 +117,8 @@ def train_loader(
     rank: int,
     world: int,
 ) -> TrainLoader:
-    """The endless steps of a rank, from audio or, as `performance.encoder_cache` says, from what the
-    encoder made of it.
+    """The endless steps of a rank, of audio or, where `performance.encoder_cache` says so, of what
+    the encoder made of it.
 
     Raises DataError where noises or responses are missing, ConfigError as `read_features`.
     """
