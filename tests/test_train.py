@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pytest
-from runs import assert_same_run, metrics, run, start, stop_after, tiny_config
+from forked_ranks import Ranks
+from runs import TINY, assert_same_run, metrics, run, start, stop_after, tiny_config
 from speech_files import write_shards
 
 import speechllm.train
@@ -152,9 +153,9 @@ def test_one_process_and_several_train_the_same(tmp_path: Path, shards: Path) ->
     settings += [f"data.train={shards}", SHORT_EPOCH]
     tiny(tmp_path / "1", shards, *settings)
     for size in (2, 3):
-        command = ["train", "configs/tiny.yaml", f"run_dir={tmp_path / str(size)}", *settings]
-        code, output = run(command, processes=size)
-        assert code == 0, output
+        command = ["train", TINY, f"run_dir={tmp_path / str(size)}", *settings]
+        ended = Ranks(tmp_path / f"ranks_{size}", command, launchers=(range(size),)).wait()
+        assert ended.codes == [0] * size, ended.logs
     alone = metrics(tmp_path / "1")
     for size in (2, 3):
         found = metrics(tmp_path / str(size))
