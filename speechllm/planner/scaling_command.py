@@ -50,7 +50,7 @@ def scale_command(config: Config, options: argparse.Namespace) -> str:
     network = parse_link(options.link or DEFAULT)
     overlap = parse_overlap(options.overlap) if options.overlap else Overlap()
     own = config.data.microbatches_per_step
-    measured = _measured(options, own)
+    measured = _measured(options, config)
     on_cpu = config.device == "cpu" or network.name == "gloo-local"
     machine = Machine(1, parse_size(options.gpu_memory) if options.gpu_memory else 0, on_cpu)
     job = job_of(config, read_architecture(config.model), machine)
@@ -103,9 +103,11 @@ def scale_command(config: Config, options: argparse.Namespace) -> str:
     return as_text(scaling)
 
 
-def _measured(options: argparse.Namespace, microbatches: int) -> Measured:
+def _measured(options: argparse.Namespace, config: Config) -> Measured:
+    microbatches = config.data.microbatches_per_step
     if options.measured is not None:
-        return read_measured(options.measured, microbatches)
+        tokens = config.data.microbatch_tokens
+        return read_measured(options.measured, microbatches=microbatches, tokens=tokens)
     if options.step_seconds is not None:
         return given_step(options.step_seconds, microbatches)
     raise UserError(

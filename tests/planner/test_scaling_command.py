@@ -97,6 +97,14 @@ def test_a_runs_metrics(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixt
     assert two["balance"] == "data"
     assert 0.5 < two["compute_seconds"] < 0.7
     assert three["waste"] == pytest.approx(1 / 3)
+    # The run says itself what its steps were made of.
+    data = "data: {microbatches_per_step: 4, microbatch_tokens: 1024}"
+    (tmp_path / "config.yaml").write_text(data)
+    again = scaled(capsys, TINY, "--scale", "1", "--measured", str(file))
+    assert again["compute"] == {"microbatch": 0.25, "utterances": 3.0, "update": 0.0}
+    other = [TINY, "--scale", "--measured", str(file), "data.microbatch_tokens=99"]
+    assert main(["plan", *other]) == 2
+    assert "data.microbatch_tokens=1024" in capsys.readouterr().err
     (tmp_path / "status.json").write_text('{"world_size": 2}')
     assert main(["plan", TINY, "--scale", "--measured", str(file)]) == 2
     assert "2 ranks" in capsys.readouterr().err
@@ -108,13 +116,13 @@ def test_a_benchmark(tmp_path: Path, offline: None, capsys: pytest.CaptureFixtur
         "phases": {"load": 0.1, "optimizer": 0.3},
         "utterances": 80,
         "steps": 10,
-        "settings": {"world": 1, "microbatches_per_step": 4},
+        "settings": {"world": 1, "microbatches_per_step": 4, "microbatch_tokens": 3840},
     }
     file = tmp_path / "bench.json"
     file.write_text(json.dumps({"full": full}))
     found = scaled(capsys, LARGE, STEP, "--scale", "1", "--measured", str(file))
     assert found["compute"] == pytest.approx({"microbatch": 0.4, "utterances": 2.0, "update": 0.3})
-    file.write_text(json.dumps({"full": full | {"settings": {"world": 2}}}))
+    file.write_text(json.dumps({"full": full | {"settings": full["settings"] | {"world": 2}}}))
     assert main(["plan", LARGE, "--scale", "--measured", str(file)]) == 2
     assert "2 ranks" in capsys.readouterr().err
 
