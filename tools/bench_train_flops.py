@@ -21,8 +21,8 @@ from speechllm.config import model as schema
 from speechllm.planner.activations import CHUNK_FRAMES
 from speechllm.planner.architecture import Architecture, Transformer
 
-CACHE_BYTES = 64 << 20  # weights of several layers are used in turn, so that none is in the cache
-SQUARES = (1024, 2048)
+LAYERS = 4  # whose weights are used in turn: more than the cache next to a core holds
+SQUARES = (2048,)
 SQUARES_CUDA = (4096, 8192)
 
 
@@ -124,9 +124,7 @@ def layer_rate(llm: Transformer, rows: int, dtype: torch.dtype, device: torch.de
     """FLOP/s over the products of a layer together."""
     seconds, flops = 0.0, 0
     for inputs, outputs in products(llm):
-        size = inputs * outputs * dtype.itemsize
-        copies = min(llm.layers, max(2, CACHE_BYTES // size))
-        weights = torch.randn(copies, outputs, inputs, device=device, dtype=dtype)
+        weights = torch.randn(LAYERS, outputs, inputs, device=device, dtype=dtype)
         x, dy = (torch.randn(rows, n, device=device, dtype=dtype) for n in (inputs, outputs))
         seconds += _best(lambda w: functional.linear(x, w), weights)  # noqa: B023
         seconds += _best(lambda w: dy @ w, weights)  # noqa: B023

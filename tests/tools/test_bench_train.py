@@ -13,6 +13,7 @@ import torch
 
 import bench_speech
 import bench_train
+import bench_train_flops
 import bench_train_timing
 import bench_train_ways
 import pytest
@@ -191,6 +192,7 @@ def result(pieces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         patch.setattr(bench_train, "Process", Here)
         patch.setattr(bench_train_ways, "CACHE_TOOL", directory / "none")
         patch.setattr(bench_train, "TOKENS", (300, 600))
+        patch.setattr(bench_train_flops, "SQUARES", (64,))
         arguments = [
             TINY, "model.connector.dropout=0", "--mean-seconds", "2", "--steps", "2",
             "--batch", "3", "--utterances", "60", "--rounds", "2", "data.num_workers=0",
