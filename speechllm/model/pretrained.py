@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -95,7 +95,7 @@ def load_whisper_encoder(
     )
 
 
-def usual_attention(device: torch.device, dtype: torch.dtype) -> str:
+def usual_attention(device: torch.device, dtype: torch.dtype) -> Literal["eager", "sdpa"]:
     """The kernel to take where nothing was measured, by the type of the LLM's weights.
 
     In bf16 on CPU, sdpa's backward takes a third of the training step at these lengths; in fp32

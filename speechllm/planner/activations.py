@@ -31,7 +31,7 @@ class Setting:
 
     compute: int
     frozen: int
-    attention: Literal["eager", "sdpa"]
+    attention: Literal["eager", "sdpa", "grouped"]
     on_cpu: bool
     checkpointing: bool
     recasts: bool  # frozen weights are stored in another type than they are used in
@@ -68,8 +68,9 @@ def decoder_layer(llm: Transformer, setting: Setting, columns: int) -> int:
     (OLMo-2, Qwen3) 4 (q + k); attention keeps q, k, v, each as wide as the query heads since
     keys and values are repeated under a mask. A fused kernel also keeps its output, 4 bytes a head,
     and the mask of that layer, c S; eager attention keeps the soft-max in fp32 and, where compute
-    is narrower, once more: h S (4 + c). The gated feed-forward block keeps the activation
-    function's input and both factors of the product: 3 f c.
+    is narrower, once more: h S (4 + c); grouped attention keeps it once, h S c, with keys and
+    values as they are. The gated feed-forward block keeps the activation function's input and both
+    factors of the product: 3 f c.
     """
     c, queries = setting.compute, llm.heads * llm.head_width
     norms = 2 * (FLOAT * llm.width + FLOAT)
@@ -78,6 +79,8 @@ def decoder_layer(llm: Transformer, setting: Setting, columns: int) -> int:
     attention = 3 * queries * c
     if setting.attention == "eager":
         attention += llm.heads * columns * (FLOAT if c == FLOAT else FLOAT + c)
+    elif setting.attention == "grouped":
+        attention = (queries + 2 * llm.kv_heads * llm.head_width) * c + llm.heads * columns * c
     else:
         attention += queries * c + FLOAT * llm.heads + columns * c
     return norms + attention + _feed_forward_parts(llm) * llm.feed_forward * c
@@ -89,7 +92,8 @@ def decoder_layer_backward(llm: Transformer, setting: Setting, columns: int) -> 
     Feed-forward block: the gradient of its product and of both factors, 3 f c, beside those of the
     stream, 2 d s. Attention, when what the feed-forward block kept is released: gradients of q, k,
     v and the output; eager, of the soft-max and of what goes into it in fp32, 8 h S, and of v; by
-    then the soft-max's narrow copy is released.
+    then the soft-max's narrow copy is released; grouped, of the same two in the compute type, 2 h S
+    c, and of the output.
     """
     c, queries = setting.compute, llm.heads * llm.head_width
     block = _feed_forward_parts(llm) * llm.feed_forward * c
@@ -97,6 +101,8 @@ def decoder_layer_backward(llm: Transformer, setting: Setting, columns: int) -> 
     if setting.attention == "eager":
         narrow = 0 if c == FLOAT else c
         attention = (2 * FLOAT - narrow) * llm.heads * columns + queries * c
+    elif setting.attention == "grouped":
+        attention = 2 * c * llm.heads * columns + queries * c
     else:
         attention = 4 * queries * c
     return 2 * llm.width * setting.frozen + max(block, attention - kept_by_block)
@@ -157,9 +163,15 @@ def product_inputs(architecture: Architecture, setting: Setting, shape: Shape) -
     return shape.positions * (2 * llm.width + llm.feed_forward) * setting.compute
 
 
-def logits(llm: Transformer, labels: int) -> int:
-    """Highest moment of the cross entropy: log-probabilities and two gradients, fp32 [L, V]."""
-    return 3 * FLOAT * labels * llm.vocabulary
+def logits(llm: Transformer, setting: Setting, shape: Shape, limit: int | None) -> int:
+    """Highest moment of the cross entropy. In chunks of at most `limit` bytes of fp32 logits: they
+    and their copy in a narrower compute type. Without a limit, of all positions at once:
+    log-probabilities and two gradients, fp32 [S, V]."""
+    if limit is None:
+        return 3 * FLOAT * shape.positions * llm.vocabulary
+    whole = FLOAT * shape.labels * llm.vocabulary
+    copy = 0 if setting.compute == FLOAT else setting.compute
+    return min(whole, max(limit, FLOAT * llm.vocabulary)) * (FLOAT + copy) // FLOAT
 
 
 def encoder_forward(architecture: Architecture, setting: Setting, shape: Shape) -> int:

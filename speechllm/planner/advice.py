@@ -12,6 +12,7 @@ import torch
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
 from speechllm.model.build import bf16_is_fast
+from speechllm.model.pretrained import usual_attention
 from speechllm.planner.activations import Setting
 from speechllm.planner.architecture import Architecture
 from speechllm.planner.memory import STRATEGIES, Job, estimate_memory
@@ -127,9 +128,9 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
         precision = "bf16" if bf16_is_fast(device) else "fp32"
     compute = 4 if precision == "fp32" else 2
     frozen = 4 if precision == "fp32" or config.model.frozen_dtype == "fp32" else 2
-    eager = config.model.llm.attention == "eager" or (
-        config.model.llm.attention == "auto" and machine.on_cpu and frozen == 2
-    )
+    attention = config.model.llm.attention
+    if attention == "auto":
+        attention = usual_attention(device, torch.bfloat16 if frozen == 2 else torch.float32)
     settings = _zero_settings(config)
     own = {config_name(config): settings} if settings is not None else {}
     return Job(
@@ -137,7 +138,7 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
         setting=Setting(
             compute=compute,
             frozen=frozen,
-            attention="eager" if eager else "sdpa",
+            attention="sdpa" if attention == "flash_attention_2" else attention,
             on_cpu=machine.on_cpu,
             checkpointing=config.train.activation_checkpointing is True,
             recasts=compute != frozen or precision == "fp16",
@@ -147,6 +148,11 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
         zero=SHIPPED | own,
         reshard=config.strategy.kind != "fsdp2" or config.strategy.reshard_after_forward,
         ctc=config.train.ctc_steps > 0,
+        logits_limit=(
+            config.performance.logits_megabytes << 20
+            if config.performance.label_logits and config.performance.preset == "full"
+            else None
+        ),
     )
 
 

@@ -2,7 +2,8 @@
 
 W ranks, P parameters that train (fp32), F bytes of frozen weights. What each strategy divides
 follows ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) and FSDP (Zhao et al. 2023,
-arXiv:2304.11277). ZeRO and FSDP2 have never been measured on GPUs here.
+arXiv:2304.11277). ZeRO and FSDP2 have never been measured on GPUs here. Rows are taken to be whole:
+a prefix whose keys and values are computed once (`performance.prefix_cache`) makes it less.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Job:
 
     microbatches: of one rank in a step. zero: the ZeRO settings of each strategy of that kind.
     reshard: whether fsdp2 frees gathered weights after a layer's forward. ctc: the head of that
-    objective is held.
+    objective is held. logits_limit: bytes of fp32 logits at a time; None where all positions have
+    theirs at once.
     """
 
     architecture: Architecture
@@ -39,6 +41,7 @@ class Job:
     zero: Mapping[str, ZeRO]
     reshard: bool
     ctc: bool
+    logits_limit: int | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def moments(job: Job, shape: Shape) -> list[Moment]:
         if setting.checkpointing:
             frame = about.whisper.width * setting.compute
         below += about.unfrozen_layers * frame * shape.rows * shape.frames
-    logits = kept.logits(about.llm, shape.labels)
+    logits = kept.logits(about.llm, setting, shape, job.logits_limit)
     above = kept.decoder(about, setting, shape)
     # The cross entropy's working space is released before the first layer's is needed.
     layer = kept.decoder_backward(about, setting, shape)

@@ -39,6 +39,7 @@ def _probe(
         "data.num_workers=0",
         "data.microbatches_per_step=4",
         "data.microbatch_tokens=500",
+        "performance.prefix_cache=off",  # the prediction is of whole rows
     )
     with ExitStack() as stack:
         run = open_run(config, world, stack)

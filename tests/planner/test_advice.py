@@ -13,6 +13,7 @@ from speechllm.config import model as schema
 from speechllm.config.load import load_config
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
+from speechllm.planner.activations import Shape
 from speechllm.planner.advice import (
     GIB,
     SHIPPED,
@@ -26,7 +27,7 @@ from speechllm.planner.advice import (
     parse_size,
 )
 from speechllm.planner.architecture import Architecture, read_architecture
-from speechllm.planner.memory import PARTS, STRATEGIES, Job, estimate_memory
+from speechllm.planner.memory import PARTS, STRATEGIES, Job, estimate_memory, moments
 from speechllm.planner.traffic import estimate_traffic
 from speechllm.planner.workload import assumed, microbatch
 from speechllm.strategy.zero_config import ZERO, ZeRO, read_zero_config
@@ -244,3 +245,17 @@ def test_ranks_without_a_gpu_share_the_memory_of_the_machine() -> None:
     one, two = (machine_here(config, gpus=n, nodes=1, gpu_memory=None) for n in (1, 2))
     assert one.on_cpu
     assert two.memory == pytest.approx(one.memory / 2, rel=0.2)
+
+
+def test_logits_are_there_in_chunks_or_all_at_once() -> None:
+    def logits(*overrides: str) -> int:
+        shape = Shape(8, 500, tokens=300, frames=1500, labels=800)
+        estimate = moments(job(large(*overrides), 1), shape)
+        return max(moment.logits for moment in estimate)
+
+    vocabulary = architecture(large().model).llm.vocabulary
+    chunk = ("performance.logits_megabytes=64",)
+    assert logits(*chunk, "precision=fp32") == 64 * 2**20
+    assert logits(*chunk, "precision=bf16") == 96 * 2**20
+    assert logits("precision=fp32") == min(512 * 2**20, 4 * 800 * vocabulary)
+    assert logits("performance.preset=plain") == 3 * 4 * 4000 * vocabulary

@@ -82,6 +82,7 @@ def check(config: Config, **microbatch: float) -> None:
         ["model.llm.id=random:llama"],
         ["model.llm.id=random:olmo2"],
         ["model.llm.attention=eager"],
+        ["model.llm.attention=grouped"],
         ["train.activation_checkpointing=true"],
         ["model.lora.rank=8", "model.lora.targets=all-linear"],
         ["model.connector.hidden_size=256"],
