@@ -205,6 +205,7 @@ def test_what_has_another_cache_is_left_to_transformers(
     batch = prompts()
     expected_rows = said(llama, batch, plain=True)
     monkeypatch.setattr(decoding, "can_hold", lambda llm: False)
+    decoding._say_that_it_cannot.cache_clear()
     with caplog.at_level(logging.INFO, logger="speechllm"):
         for _ in range(2):
             assert said(llama, batch) == expected_rows
