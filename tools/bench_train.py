@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"{error}; what it said is above") from error
     about = json.loads((speech / MARKER).read_text(encoding="utf-8"))
     result = {"mean_seconds": options.mean_seconds, **result, "speech": about, "machine": here}
-    result["command"] = " ".join(["python tools/bench_train.py", *arguments])
+    result["command"] = shlex.join(["python", "tools/bench_train.py", *arguments])
     show(result)
     text = json.dumps(result, indent=1)
     print(text)
