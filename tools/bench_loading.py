@@ -8,7 +8,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from bench_planning import SETTINGS, audio_tokens, seconds_like_librispeech
 from speechllm.config.model import LLM, Prompt
 from speechllm.data.audio import encode_flac
 from speechllm.data.index import open_corpus
-from speechllm.data.loader import TrainLoader
+from speechllm.data.loader import read_batches
 from speechllm.data.plan import PlanSettings, plan_epoch
 from speechllm.data.prompt import Prompter
 from speechllm.data.selection import populate
@@ -152,22 +151,18 @@ def _ours(prompter: Prompter, workers: int, tars: Sequence[str]) -> float:
     plan = plan_epoch(
         corpus.shard_sizes, found.costs, found.selection.kept, settings, 0, found.table
     )
-    loader = TrainLoader(
+    microbatches = read_batches(
         Store(corpus),
         prompter,
         lambda samples: int(audio_tokens(np.array(samples))),
         0,
-        lambda epoch: plan,
-        rank=0,
-        world=1,
+        [one for step in range(plan.num_steps) for one in plan.step(step)],
+        with_target=True,
+        pad_left=False,
         num_workers=workers,
         prefetch=4,
     )
-    total = 0.0
-    with closing(loader.steps(0, 0)) as steps:
-        for _ in range(plan.num_steps):
-            total += sum(m.audio_seconds for m in next(steps).microbatches)
-    return total
+    return sum(microbatch.audio_seconds for microbatch in microbatches)
 
 
 def _webdataset(dtype: str, workers: int, tars: Sequence[str]) -> float:

@@ -49,6 +49,7 @@ _AHEAD_BYTES = 4 << 30
 _AHEAD_PART = 1 / 32
 _AHEAD_THREADS = 8
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # older glibc refuses more
 
 
 class TrainLoader:
@@ -312,8 +313,8 @@ def _keep_freed_memory() -> None:
     """
     allocator = getattr(ctypes.CDLL(None), "mallopt", None)
     if allocator is not None:
-        for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            allocator(parameter, 1 << 30)
+        allocator(_TRIM_THRESHOLD, 1 << 30)
+        allocator(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
 
 
 def _outlive_signals() -> None:
