@@ -16,7 +16,7 @@ class Performance(Section):
     preset: Literal["full", "plain"] = Field(
         "full",
         description="`plain` is the straightforward implementation, to compare with: audio padded "
-        "to 30 s, logits of every position, the prompt in every row, batches of "
+        "to 30 s up to the LLM, logits of every position, the prompt in every row, batches of "
         "`plain_utterances` whatever their lengths, and decoding by transformers' own `generate`. "
         "It takes no other key of this section than that.",
     )

@@ -19,7 +19,7 @@ from speechllm.log import logger
 from speechllm.model.adapt import add_lora, unfreeze_last_layers
 from speechllm.model.connector import build_connector, out_length
 from speechllm.model.ctc import CTCHead
-from speechllm.model.encoder import FilterbankFrames, WhisperFrames
+from speechllm.model.encoder import CHUNK_FRAMES, FilterbankFrames, WhisperFrames
 from speechllm.model.frontend import num_frames
 from speechllm.model.hub import resolve
 from speechllm.model.layers import checkpoint_activations, compile_in_place, transformer_layers
@@ -114,6 +114,7 @@ def build_model(
         compiled=compile_layers,
         performance=performance,
         prefix=prefix,
+        tokens_of_chunk=out_length(model.connector, CHUNK_FRAMES),
     ).train()
 
 

@@ -23,7 +23,7 @@ from speechllm.model.decoding import Decoding, decode
 from speechllm.model.decoding_cache import KeysValues
 from speechllm.model.frontend import num_frames
 from speechllm.model.layers import transformer_layers
-from speechllm.model.plain import plain_loss
+from speechllm.model.plain import plain_loss, with_audio_padding
 from speechllm.model.shortcuts import choose
 from speechllm.types import IGNORE, Batch, Frames, LossSums, Objective, SpecMasks
 
@@ -39,6 +39,7 @@ class SpeechLLM(nn.Module):
     compiled: some modules are, by torch.compile; they run so in training only.
     performance: the shortcuts asked for; ConfigError where one cannot be had.
     prefix: tokens with which the run's examples begin.
+    tokens_of_chunk: audio tokens of 30 s, which the plain path runs for any shorter audio.
     """
 
     sharded = False
@@ -55,6 +56,7 @@ class SpeechLLM(nn.Module):
         compiled: bool = False,
         performance: Performance | None = None,
         prefix: Sequence[int] = (),
+        tokens_of_chunk: int = 0,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -64,6 +66,7 @@ class SpeechLLM(nn.Module):
         self.ctc_head = ctc_head
         self.checkpointed = tuple(checkpointed)
         self.compiled = compiled
+        self.tokens_of_chunk = tokens_of_chunk
         device = next(connector.parameters()).device
         self.shortcuts = choose(performance or Performance(), llm, tuple(prefix), device)
         for layer in transformer_layers(llm):
@@ -84,7 +87,8 @@ class SpeechLLM(nn.Module):
     def _lm(self, batch: Batch) -> LossSums:
         with self.autocast():
             if self.shortcuts.plain:
-                return plain_loss(self.llm, self.inputs_embeds(batch), batch)
+                embeds_BSW = self.inputs_embeds(batch)
+                return plain_loss(self.llm, embeds_BSW, batch, self.tokens_of_chunk)
             self.compute_prefix()
             layout, cache = self.shortcuts.lay_out(batch)
             embeds_RCW = self._embeds(batch, layout.tokens_RC, layout.audio_places_K)
@@ -122,10 +126,13 @@ class SpeechLLM(nn.Module):
         plain = settings.plain or self.shortcuts.plain
         with self.autocast(), self._stance():
             prefix = () if plain else self._prefix_of(batch)
+            embeds_BSW, mask_BS = self.inputs_embeds(batch), batch.attention_mask_BS
+            if self.shortcuts.plain:
+                embeds_BSW, mask_BS, _ = with_audio_padding(embeds_BSW, batch, self.tokens_of_chunk)
             return decode(
                 self.llm,
-                self.inputs_embeds(batch),
-                batch.attention_mask_BS,
+                embeds_BSW,
+                mask_BS,
                 replace(settings, plain=plain),
                 prefix=prefix,
                 any_rank=any_rank,

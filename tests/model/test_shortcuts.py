@@ -142,6 +142,20 @@ def test_the_prefix_is_run_once_and_padding_not_at_all(packing: str) -> None:
     assert set(model.state_dict()) == state
 
 
+@pytest.mark.parametrize("left", [False, True])
+@torch.no_grad()
+def test_the_plain_path_runs_30_seconds_of_every_audio(left: bool) -> None:
+    cfg, plain = tiny("random:llama", preset="plain")
+    shapes = columns_run(plain)
+    batch = batch_of(cfg, EXAMPLES, pad_left=left)
+    text = [n - int(k) for n, k in zip(batch.lengths, batch.audio_mask_BS.sum(1), strict=True)]
+    plain(batch)
+    assert shapes == [(len(text), 375 + max(text))]  # 1,500 frames, four to a token
+    several = batch_of(cfg, BATCHES["cut"], pad_left=left)
+    plain(several)
+    assert shapes[1] == tuple(several.tokens_BS.shape)
+
+
 def test_keys_and_values_of_the_prefix_have_no_graph() -> None:
     cfg, model = tiny("random:llama")
     model(batch_of(cfg, EXAMPLES)).loss.backward()
