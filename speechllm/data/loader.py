@@ -48,6 +48,7 @@ AudioTokens = Callable[[int], int]
 _AHEAD_BYTES = 4 << 30
 _AHEAD_PART = 1 / 32
 _AHEAD_THREADS = 8
+_PARENT_SECONDS = 2.0  # between looks at whether it still lives
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # older glibc refuses more
 
@@ -329,7 +330,12 @@ def _outlive_signals() -> None:
 
 
 def _obey_the_parent(parent: int) -> None:
-    while True:
-        signal_info = signal.sigwaitinfo(STOP_SIGNALS)
+    """Also where the parent was killed: torch's own watch would wait until what is under way has
+    been sent, to a pipe that nobody reads any more."""
+    while os.getppid() == parent:
+        signal_info = signal.sigtimedwait(STOP_SIGNALS, _PARENT_SECONDS)
+        if signal_info is None:
+            continue
         if signal_info.si_signo == signal.SIGTERM and signal_info.si_pid == parent:
-            os._exit(0)
+            break
+    os._exit(0)
