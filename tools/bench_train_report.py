@@ -43,6 +43,8 @@ def way_result(rounds: Sequence[Found], peaks: Sequence[Found]) -> dict[str, Any
     """Medians over the rounds. peaks: of the matrix products, measured in the same rounds."""
     speeds = [found["utterances"] / found["seconds"] for found in rounds]
     last = rounds[-1]
+    # A process's peak never falls, and after the first round it has looked at the LLM alone.
+    peak, predicted = rounds[0]["peak_rss_bytes"], rounds[0]["predicted_bytes"]
     needed, run = (_parts(last, kind) for kind in ("flops", "run"))
 
     def middle(value: Callable[[Found], float]) -> float:
@@ -64,11 +66,11 @@ def way_result(rounds: Sequence[Found], peaks: Sequence[Found]) -> dict[str, Any
         "mfu_of_best_gemm": used("best") if peaks else None,
         "padding_fraction": 1 - last["positions_real"] / last["positions_run"],
         "data_wait_fraction": middle(lambda f: f["phases"]["load"] * steps / f["seconds"]),
-        "peak_rss_bytes": last["peak_rss_bytes"],
+        "peak_rss_bytes": peak,
         "load_peak_rss_bytes": last["load_peak_rss_bytes"],
         "peak_device_bytes": last["peak_device_bytes"],
-        "predicted_bytes": last["predicted_bytes"],
-        "peak_over_predicted": last["peak_rss_bytes"] / last["predicted_bytes"],
+        "predicted_bytes": predicted,
+        "peak_over_predicted": peak / predicted,
         "phases": {n: middle(lambda f: f["phases"][n]) for n in last["phases"]},  # noqa: B023
         "details": {n: middle(lambda f: f["details"][n]) for n in last["details"]},  # noqa: B023
         "step_seconds": middle(lambda f: f["seconds"] / steps),
