@@ -38,7 +38,6 @@ LORA = ["model.lora.rank=4", "model.lora.targets=all-linear", "model.lora.dropou
 UNFROZEN = ["model.unfreeze_encoder_layers=1"]
 CASES = {  # what adapts: under which strategies
     ("train.ctc_steps=2", *LORA): ["zero2", "zero3", "fsdp2"],
-    (*UNFROZEN,): ["zero2", "zero3", "fsdp2"],
     ("train.activation_checkpointing=true", *LORA, *UNFROZEN): list(STRATEGIES),
 }
 
@@ -84,7 +83,7 @@ def _batch(config: Config, step: int, number: int) -> Batch:
 
 def test_every_strategy_trains_as_ddp_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("deepspeed")
-    monkeypatch.setattr("forked_function.PATIENCE", 300.0)  # 13 runs, some with CTC before
+    monkeypatch.setattr("forked_function.PATIENCE", 300.0)  # 9 runs, some with CTC before
 
     def rank(world: World) -> None:
         for adapted, strategies in CASES.items():
