@@ -23,7 +23,7 @@ class StepTotals:
     target_tokens: int
     utterances: int
     audio_seconds: float
-    positions: int  # rows x columns that the LLM runs, repeats included
+    positions: int  # rows x columns of the batches, prompts and repeats included
     used_positions: int  # of these, not padding and not repeated
     bad: int
     stop: bool

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -29,7 +25,7 @@ class Transfer:
         if self.stream is None:
             return batch.to(self.device)
         with torch.cuda.stream(self.stream):
-            moved = mapped(batch, Tensor.pin_memory).to(self.device)
+            moved = batch.map(Tensor.pin_memory).to(self.device)
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(self.stream)
 
@@ -38,19 +34,4 @@ class Transfer:
                 tensor.record_stream(current)
             return tensor
 
-        result: Batch = mapped(moved, used)
-        return result
-
-
-def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `change` applied to every tensor in its dataclasses, tuples and lists."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        changed = {f.name: mapped(getattr(value, f.name), change) for f in fields(value)}
-        return replace(value, **changed)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(mapped(entry, change) for entry in value))
-    if isinstance(value, tuple | list):
-        return type(value)(mapped(entry, change) for entry in value)
-    return value
+        return moved.map(used)

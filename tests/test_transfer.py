@@ -1,35 +1,35 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
-from speechllm.transfer import Transfer, mapped
+from speech_models import asr, batch_of, model_config, noise
+
+from speechllm.transfer import Transfer
+from speechllm.types import Frames, SpecMasks
 
 
-class Pair(NamedTuple):
-    left: Tensor
-    right: Tensor | None
-
-
-@dataclass
-class Held:
-    name: str
-    tensor: Tensor
-    pair: Pair
-    more: tuple[list[Tensor], int]
-
-
-def test_every_tensor_is_found_and_nothing_else_is_changed() -> None:
-    held = Held("a", torch.ones(2), Pair(torch.ones(1), None), ([torch.ones(3)], 7))
-    found = mapped(held, lambda tensor: tensor + 1)
-    assert (found.name, found.pair.right, found.more[1]) == ("a", None, 7)
-    tensors = [found.tensor, found.pair.left, found.more[0][0]]
-    assert [tensor.tolist() for tensor in tensors] == [[2, 2], [2], [2, 2, 2]]
-    assert isinstance(found.pair, Pair)
-    assert held.tensor.tolist() == [1, 1]
+def test_every_tensor_of_a_batch_is_found_and_nothing_else_is_changed() -> None:
+    plain = batch_of(model_config(), [asr(noise(2_000), (10, 11))])
+    batch = replace(
+        plain,
+        masks=SpecMasks(torch.ones(1, 2, 2), torch.ones(1, 1, 2)),
+        frames=Frames(torch.ones(1, 4, 3), None),
+    )
+    found = batch.map(lambda tensor: tensor + 1)
+    for name in (field.name for field in fields(batch)):
+        before, after = getattr(batch, name), getattr(found, name)
+        if isinstance(before, Tensor):
+            assert torch.equal(after, before + 1), name
+        elif name not in ("masks", "frames"):
+            assert after == before, name
+    assert isinstance(found.masks, SpecMasks)
+    assert [int(part.min()) for part in found.masks] == [2, 2]
+    assert isinstance(found.frames, Frames)
+    assert (int(found.frames[0].max()), found.frames[1]) == (2, None)
+    assert int(batch.tokens_BS[0, 0]) == 5
 
 
 def test_on_a_cpu_a_batch_is_what_it_was() -> None:
