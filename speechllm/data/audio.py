@@ -1,4 +1,4 @@
-"""Audio of any kind that libsndfile reads -> int16 mono at 16 kHz.
+"""Audio of any kind that libsndfile reads -> int16 mono at 16 kHz, FLAC also without it.
 
 Every AudioError raised here reads `KIND: what exactly`, where KIND is one of a few fixed words
 (`missing`, `unreadable`, `undecodable`, `unsupported`, `empty`, `not finite`, `bad segment`,
@@ -17,6 +17,7 @@ import soundfile
 import soxr
 
 from speechllm.data.files import local_path, read_bytes
+from speechllm.data.flac import decode_flac
 from speechllm.errors import AudioError, DataError
 from speechllm.types import SAMPLE_RATE
 
@@ -59,12 +60,12 @@ def decode_audio(
     start, end: seconds. channel: from 0; without it the channels are averaged. Other rates are
     resampled with soxr (HQ). Raises AudioError: see the module's docstring.
     """
-    return _decode(io.BytesIO(data), extension, start, end, channel)[0]
+    return _decode(data, extension, start, end, channel)[0]
 
 
 def decode_with_rate(data: bytes, extension: str) -> tuple[np.ndarray, int]:
     """`decode_audio` of the whole file, and the rate of the file in Hz."""
-    return _decode(io.BytesIO(data), extension, None, None, None)
+    return _decode(data, extension, None, None, None)
 
 
 def load_audio(
@@ -77,8 +78,9 @@ def load_audio(
     """`decode_audio` of a file or url. Of a local file only the segment is read."""
     extension = extension_of(path)
     local = local_path(path)
-    if local is None:
-        return _decode(io.BytesIO(read_source(path)), extension, start, end, channel)[0]
+    is_whole = start is None and end is None
+    if local is None or (is_whole and extension == "flac"):
+        return _decode(read_source(path), extension, start, end, channel)[0]
     require_file(local)
     return _decode(local, extension, start, end, channel)[0]
 
@@ -183,19 +185,24 @@ def _probe(source: str | io.BytesIO, extension: str) -> AudioInfo:
 
 
 def _decode(
-    source: str | io.BytesIO,
+    source: str | bytes,
     extension: str,
     start: float | None,
     end: float | None,
     channel: int | None,
 ) -> tuple[np.ndarray, int]:
-    """int16 [N] at 16 kHz, and the rate of the file."""
-    with _open(source, extension) as sound:
-        rate, channels = sound.samplerate, sound.channels
-        if channel is not None and not 0 <= channel < channels:
-            raise AudioError(
-                f"no such channel: {channel} of {channels} (channels are counted from 0)"
-            )
+    """int16 [N] at 16 kHz, and the rate of the file.
+
+    source: its path or its bytes.
+    """
+    is_whole = start is None and end is None
+    if isinstance(source, bytes) and is_whole and (found := decode_flac(source)):
+        samples, rate = found
+        _check_channel(channel, samples.shape[1])
+        return _converted(samples, rate, channel), rate
+    with _open(io.BytesIO(source) if isinstance(source, bytes) else source, extension) as sound:
+        rate = sound.samplerate
+        _check_channel(channel, sound.channels)
         exact = sound.subtype == "PCM_16" and rate == SAMPLE_RATE
         dtype = "int16" if exact else "float32"
         if sound.frames >= _UNKNOWN_FRAMES:
@@ -205,24 +212,37 @@ def _decode(
         else:
             first, last = _segment(sound.frames, rate, start, end)
             samples = _read(sound, first, last, dtype)
+    return _converted(samples, rate, channel), rate
+
+
+def _check_channel(channel: int | None, channels: int) -> None:
+    if channel is not None and not 0 <= channel < channels:
+        raise AudioError(f"no such channel: {channel} of {channels} (channels are counted from 0)")
+
+
+def _converted(samples: np.ndarray, rate: int, channel: int | None) -> np.ndarray:
+    """[N, channels] of int16, or of float32 in [-1, 1), at any rate -> int16 [N'] at 16 kHz."""
+    exact = samples.dtype == np.int16 and rate == SAMPLE_RATE
+    if samples.dtype == np.int16 and not exact:
+        samples = samples.astype(np.float32) / np.float32(32768)
     if len(samples) == 0:
         raise AudioError("empty: no samples")
     if not exact and not np.isfinite(samples).all():
         raise AudioError("not finite: NaN or infinite samples")
     if channel is not None:
         samples = samples[:, channel]
-    elif channels > 1:
+    elif samples.shape[1] > 1:
         samples = samples.mean(axis=1, dtype=np.float32)
         samples = np.rint(samples).astype(np.int16) if exact else samples
     else:
         samples = samples[:, 0]
     if exact:
-        return np.ascontiguousarray(samples), rate
+        return np.ascontiguousarray(samples)
     if rate != SAMPLE_RATE:
         samples = soxr.resample(np.ascontiguousarray(samples), rate, SAMPLE_RATE, quality="HQ")
         if len(samples) == 0:
             raise AudioError("empty: no samples are left at 16 kHz")
-    return _to_int16(samples), rate
+    return _to_int16(samples)
 
 
 def _segment(frames: int, rate: int, start: float | None, end: float | None) -> tuple[int, int]:
