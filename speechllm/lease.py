@@ -3,7 +3,7 @@
 A batch system may start a job anew before it has ended the old one (`qmod -rj` of Grid Engine).
 Whoever starts a run under such a system writes a token of its own into a lease file, and gives both
 to the trainer: SPEECHLLM_LEASE, SPEECHLLM_LEASE_TOKEN. A trainer whose token no longer stands
-there must not write any more.
+there must not write any more. Runs without a lease are kept apart by `speechllm.run_lock`.
 """
 
 from __future__ import annotations

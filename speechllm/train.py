@@ -14,12 +14,14 @@ from speechllm.data.plan import EpochPlan
 from speechllm.evaluate import evaluate
 from speechllm.failure import FailureReport
 from speechllm.garbage import CollectedBySteps
-from speechllm.log import logger
+from speechllm.lease import lease_of_environment
+from speechllm.log import logger, set_up_logging
 from speechllm.optim import learning_rate, phase_of
 from speechllm.planner.probe import probe
 from speechllm.prepare import Split
 from speechllm.report.status import State
 from speechllm.run import Run, open_run, run_directory
+from speechllm.run_lock import sole_run
 from speechllm.step import StepResult, StepTotals, agree, refuse_too_many_bad, run_step
 from speechllm.stop import StopSignals, deadline_of_environment
 from speechllm.transfer import Transfer
@@ -36,8 +38,12 @@ def train(config: Config, world: World, *, probe_first: bool = False) -> int:
     Raises UserError subclasses for what the user can mend.
     """
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignals(deadline=deadline_of_environment()))
         directory = run_directory(config)
+        set_up_logging(world.rank)
+        # Outside StopSignals: while it waits there is nothing to save.
+        leased = lease_of_environment() is not None
+        stack.enter_context(sole_run(directory, world, leased=leased))
+        stop = stack.enter_context(StopSignals(deadline=deadline_of_environment()))
         failures = FailureReport(directory / "failures", world, log=directory / "train.log")
         stack.enter_context(failures)
         run = open_run(config, world, stack)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from speechllm.errors import ConfigError
+from speechllm.launcher import LauncherWatch
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ def connected(
     device: str = "auto", *, timeout: float = 1800.0, alone_in_group: bool = False
 ) -> Iterator[World]:
     """Join the other processes for the length of the block: NCCL where there is CUDA, else gloo.
+    Within, this process ends with its launcher (see `speechllm.launcher`).
 
     timeout: seconds that a rank waits for the others in one collective before it raises.
     alone_in_group: make a process group also for a single process, which fsdp2 and deepspeed want.
@@ -89,6 +91,26 @@ def connected(
     Raises ConfigError when `device` is `cuda` and there is none.
     """
     rank, size, local_rank = read_environment()
+    chosen = _device(device, local_rank)
+    with LauncherWatch():
+        if size > 1 or alone_in_group:
+            backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                store=dist.HashStore() if size == 1 else None,
+                rank=rank,
+                world_size=size,
+                device_id=chosen if chosen.type == "cuda" else None,
+                timeout=timedelta(seconds=timeout),
+            )
+        try:
+            yield World(rank, size, local_rank, chosen)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def _device(device: str, local_rank: int) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if device == "cuda" and not has_cuda:
         raise ConfigError(
@@ -96,22 +118,7 @@ def connected(
             "use device=cpu (or auto), or install a CUDA build of torch"
         )
     if device == "cpu" or not has_cuda:
-        chosen = torch.device("cpu")
-    else:
-        chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(chosen)
-    if size > 1 or alone_in_group:
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend,
-            store=dist.HashStore() if size == 1 else None,
-            rank=rank,
-            world_size=size,
-            device_id=chosen if chosen.type == "cuda" else None,
-            timeout=timedelta(seconds=timeout),
-        )
-    try:
-        yield World(rank, size, local_rank, chosen)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        return torch.device("cpu")
+    chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(chosen)
+    return chosen

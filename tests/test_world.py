@@ -8,18 +8,22 @@ from pathlib import Path
 import torch
 
 import pytest
+from waiting import has_ended, wait_until
 
 from speechllm.errors import ConfigError
 from speechllm.world import World, connected, read_environment
 
 SCRIPT = """
-import json, sys
+import json, os, sys, time
 from speechllm.world import connected
 with connected("cpu") as world:
     mine = {"rank": world.rank, "text": "ž" * (world.rank + 1)}
     answer = [world.sum([world.rank, 0.5]), world.gather(mine), world.from_main(world.rank + 7)]
     world.barrier()
-    open(f"{sys.argv[1]}/{world.rank}", "w").write(json.dumps(answer))
+    open(f"{sys.argv[1]}/{world.rank}", "w").write(json.dumps([*answer, os.getpid()]) + "\\n")
+    while True:
+        world.barrier()
+        time.sleep(0.1)
 """
 
 
@@ -49,12 +53,19 @@ def test_a_gpu_that_is_not_there() -> None:
 
 
 @pytest.mark.distributed
-def test_collectives_of_two_processes(tmp_path: Path) -> None:
+def test_collectives_of_two_processes_which_end_with_torchrun(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]  # fmt: skip
-    subprocess.run([*launcher, str(script), str(tmp_path)], check=True, capture_output=True)
     rows = [{"rank": 0, "text": "ž"}, {"rank": 1, "text": "žž"}]
-    for rank in ("0", "1"):
-        assert json.loads((tmp_path / rank).read_text()) == [[1.0, 1.0], rows, 7]
+    answers = [tmp_path / str(rank) for rank in range(2)]
+    with subprocess.Popen([*launcher, str(script), str(tmp_path)]) as torchrun:
+        try:
+            wait_until(lambda: all(a.is_file() and "\n" in a.read_text() for a in answers))
+        finally:
+            torchrun.kill()
+    for answer in answers:
+        *found, process = json.loads(answer.read_text())
+        assert found == [[1.0, 1.0], rows, 7]
+        wait_until(lambda process=process: has_ended(process))

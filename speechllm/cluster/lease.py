@@ -5,6 +5,10 @@ start takes a lease first. Leases are files 00000001, 00000002, ...; each is mad
 start (`Folder.publish`), and the highest number counts. A start may make the next number when the
 last one is released or has shown no sign of life for long; then it strikes out all before it, so
 that an old trainer that wakes up finds another first line than its token, and publishes nothing.
+
+A lock of the file system would need no signs of life, but between hosts it outlives a machine that
+is gone, and a process that hangs keeps it. The trainer takes one all the same, against runs that
+are started by hand (`speechllm.run_lock`), and among jobs that lock follows the lease.
 """
 
 from __future__ import annotations
