@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from waiting import has_ended, wait_until
 import speechllm.launcher
 import speechllm.run_lock
 import speechllm.train
+from speechllm.checkpoint import find_checkpoint
+from speechllm.cli import main
 from speechllm.errors import UserError
+from speechllm.report.status import read_status
 from speechllm.run_lock import NAME, Holder, RunLock, sole_run
 from speechllm.world import World
 
@@ -157,46 +160,52 @@ def test_who_locks_a_file_that_is_replaced_meanwhile_asks_again(
     lock.release()
 
 
-def slow_steps(seconds: float) -> Callable[[int], None]:
-    """Ranks as of torchrun, which look after it often."""
+def test_train_writes_nothing_where_it_is_refused(
+    tmp_path: Path,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(speechllm.run_lock, "PATIENCE", 0.1)
+    with held(tmp_path) as pid:
+        assert main(["train", TINY, f"run_dir={tmp_path}", f"data.train={shards}"]) == 2
+    assert os.listdir(tmp_path) == [NAME]
+    waits, refused = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path} is written by process {pid} on {HOST}" in waits
+    assert refused.startswith(f"speechllm: run_dir={tmp_path}: another run writes there")
 
-    def plant(rank: int) -> None:
-        os.environ["TORCHELASTIC_RUN_ID"] = "none"
-        speechllm.launcher.POLL = speechllm.run_lock.POLL = 0.05
-        real = speechllm.train.run_step
 
-        def slow(*args: Any, **kwargs: Any) -> Any:
-            time.sleep(seconds)
-            return real(*args, **kwargs)
+def rank_of_torchrun(rank: int) -> None:
+    """Looks after it often, and is slow."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    speechllm.launcher.POLL = 0.05
+    real = speechllm.train.run_step
 
-        speechllm.train.run_step = slow
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)
+        return real(*args, **kwargs)
 
-    return plant
+    speechllm.train.run_step = slow
 
 
 @pytest.mark.distributed
-def test_a_second_start_goes_on_where_the_ranks_of_a_killed_launcher_end(
-    tmp_path: Path, shards: Path
+def test_ranks_whose_launcher_is_killed_save_and_the_next_start_waits_for_that(
+    tmp_path: Path, shards: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """kill -9 of the launcher: its ranks save and end; the next start waits for that."""
     run_dir = tmp_path / "run"
     command = ["train", TINY, f"run_dir={run_dir}", f"data.train={shards}", "data.num_workers=0"]
-    command += ["train.steps=12", "train.checkpoint_every=100"]
-    first = Ranks(tmp_path / "first", command, plant=slow_steps(0.15))
-    wait_until(lambda: len(metrics(run_dir)) >= 2)
-    second = Ranks(tmp_path / "second", command, plant=slow_steps(0.0))
-    said = tmp_path / "second" / "launcher_0.log"
-    wait_until(lambda: said.is_file() and "waiting up to" in said.read_text())
-    launcher, log = first.launchers[0]
+    ranks = Ranks(tmp_path, command, plant=rank_of_torchrun)
+    wait_until(lambda: bool(metrics(run_dir)))
+    launcher, log = ranks.launchers[0]
     os.kill(launcher, signal.SIGKILL)
     os.waitpid(launcher, 0)
-    ended = second.wait()
-    assert ended.codes == [0, 0], ended.logs
-    assert f"is written by process {first.process(0)} on {HOST}" in ended.logs[0]
+    with caplog.at_level("INFO", "speechllm"), sole_run(run_dir, ALONE, leased=False):
+        assert f"is written by process {ranks.process(0)} on {HOST}" in caplog.text
+        status = read_status(run_dir)
+        newest = find_checkpoint(run_dir, prefer="last")
+        assert status is not None
+        assert status["state"] == "saved"
+        assert newest.name == f"step_{status['step']:08d}"
     assert f"the launcher (process {launcher}) is gone" in log.read_text()
-    assert "stopped by SIGTERM after step" in log.read_text()
-    saved = int(log.read_text().rpartition("stopped by SIGTERM after step ")[2].split(";")[0])
-    assert f"resuming after step {saved} " in ended.logs[0]
-    assert [line["step"] for line in metrics(run_dir)] == list(range(1, 13))
     for rank in (0, 1):
-        wait_until(lambda rank=rank: has_ended(first.process(rank)))
+        wait_until(lambda rank=rank: has_ended(ranks.process(rank)))
