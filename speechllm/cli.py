@@ -13,6 +13,7 @@ from pathlib import Path
 from speechllm import __version__
 from speechllm.config.load import load_config
 from speechllm.errors import UserError
+from speechllm.garbage import libraries_stay
 from speechllm.planner.options import add_plan_options, sort_out
 
 WRONG_INPUT = 2
@@ -173,9 +174,10 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    _quiet_transformers()
-    from speechllm.train import train
-    from speechllm.world import connected
+    with libraries_stay():
+        _quiet_transformers()
+        from speechllm.train import train
+        from speechllm.world import connected
 
     with connected(
         config.device,
@@ -187,8 +189,9 @@ def _train(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    _quiet_transformers()
-    from speechllm.check import check
+    with libraries_stay():
+        _quiet_transformers()
+        from speechllm.check import check
 
     findings = check(config, preview=options.preview)
     print("\n".join(findings.lines))
@@ -198,11 +201,12 @@ def _check(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     sort_out(options)
     config = load_config(options.config, options.overrides)
-    _quiet_transformers()
-    if options.scale is None:
-        from speechllm.planner.command import plan_command as command
-    else:
-        from speechllm.planner.scaling_command import scale_command as command
+    with libraries_stay():
+        _quiet_transformers()
+        if options.scale is None:
+            from speechllm.planner.command import plan_command as command
+        else:
+            from speechllm.planner.scaling_command import scale_command as command
     print(command(config, options))
     return 0
 
@@ -220,12 +224,13 @@ def _generate(options: argparse.Namespace) -> int:
         splits[name] = patterns
     if options.merge is not None:
         return _merge(options, list(splits))
-    _quiet_transformers()
-    from speechllm.checkpoint import find_checkpoint
-    from speechllm.decode import Slice, generate_run
-    from speechllm.failure import FailureReport
-    from speechllm.log import set_up_logging
-    from speechllm.world import connected
+    with libraries_stay():
+        _quiet_transformers()
+        from speechllm.checkpoint import find_checkpoint
+        from speechllm.decode import Slice, generate_run
+        from speechllm.failure import FailureReport
+        from speechllm.log import set_up_logging
+        from speechllm.world import connected
 
     checkpoint = find_checkpoint(options.run)
     config = load_config(str(checkpoint / "config.yaml"), options.overrides)
@@ -251,9 +256,10 @@ def _part_of(text: str) -> tuple[int, int]:
 
 
 def _merge(options: argparse.Namespace, names: Sequence[str]) -> int:
-    from speechllm.checkpoint import find_checkpoint
-    from speechllm.decode import merge_slices
-    from speechllm.wer import read_predictions, score, wer_command
+    with libraries_stay():
+        from speechllm.checkpoint import find_checkpoint
+        from speechllm.decode import merge_slices
+        from speechllm.wer import read_predictions, score, wer_command
 
     checkpoint = find_checkpoint(options.run)
     config = load_config(str(checkpoint / "config.yaml"), options.overrides)
@@ -270,9 +276,10 @@ def _merge(options: argparse.Namespace, names: Sequence[str]) -> int:
 
 
 def _transcribe(options: argparse.Namespace) -> int:
-    _quiet_transformers()
-    from speechllm.transcribe import transcribe
-    from speechllm.world import connected
+    with libraries_stay():
+        _quiet_transformers()
+        from speechllm.transcribe import transcribe
+        from speechllm.world import connected
 
     with connected() as world:
         transcripts = transcribe(options.run, options.audio, options.set, world)
@@ -307,7 +314,8 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from speechllm.export import export_run
+    with libraries_stay():
+        from speechllm.export import export_run
 
     written = export_run(options.run, options.out)
     print("\n".join(map(str, written)))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import atexit
 import gc
+import sys
 import weakref
 
 import pytest
 
-from speechllm.garbage import CollectedBySteps
+from speechllm.garbage import CollectedBySteps, libraries_stay
 
 
 class Knot:
@@ -42,3 +44,21 @@ def test_what_a_step_leaves_is_collected_after_it() -> None:
         assert older() is not None
         garbage.collect(everything=True)
         assert older() is None
+
+
+def test_libraries_are_left_out_from_their_import_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    try:
+        with libraries_stay():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+        atexit.unregister(gc.freeze)
+
+
+def test_a_process_that_has_torch_already_is_left_as_it_is() -> None:
+    with libraries_stay():
+        assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
