@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -104,7 +105,8 @@ def encode_flac(samples: np.ndarray) -> bytes:
     assert samples.dtype == np.int16
     assert samples.ndim == 1
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    with _Stream(buffer, "w", SAMPLE_RATE, 1, "PCM_16", format="FLAC") as sound:
+        sound.buffer_write(np.ascontiguousarray(samples).data, "int16")
     return buffer.getvalue()
 
 
@@ -131,21 +133,24 @@ def read_source(path: str) -> bytes:
         raise AudioError(f"unreadable: {path} ({error})") from error
 
 
-def require_file(path: str) -> None:
-    """Raises AudioError `missing` or `unreadable`.
+def require_file(path: str) -> int:
+    """Its bytes. Raises AudioError `missing` or `unreadable`.
 
     soundfile tells a missing, a forbidden and a broken file apart only by libsndfile's words.
     """
-    if not os.path.exists(path):
-        raise AudioError(f"missing: {path}")
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+    try:
+        about = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise AudioError(f"missing: {path}") from error
+    if not stat.S_ISREG(about.st_mode) or not os.access(path, os.R_OK):
         raise AudioError(f"unreadable: {path} (not a file that may be read)")
+    return about.st_size
 
 
 class _Stream(soundfile.SoundFile):
-    """Read from the front to the end. soundfile seeks after every read of a file that it takes for
-    seekable, to where it is anyway: that takes 5 % of decoding FLAC, and fails at the end of a file
-    of unknown length (FLAC written to a pipe)."""
+    """Read or written from the front to the end. soundfile seeks after every read of a file that it
+    takes for seekable, to where it is anyway: that takes 5 % of decoding FLAC, and fails at the end
+    of a file of unknown length (FLAC written to a pipe)."""
 
     def seekable(self) -> bool:
         return False

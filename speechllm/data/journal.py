@@ -12,7 +12,7 @@ from __future__ import annotations
 import glob
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from speechllm.data.files import write_atomically
@@ -123,8 +123,8 @@ def write_journal(
     directory: str, plan: Plan, reports: dict[str, ShardReport], name: str = NAME
 ) -> None:
     """Start the file anew with what is known."""
-    text = json.dumps(asdict(plan)) + "\n" + "".join(journal_line(one) for one in reports.values())
-    write_atomically(os.path.join(directory, name), text.encode())
+    lines = [json.dumps(vars(plan)) + "\n", *map(journal_line, reports.values())]
+    write_atomically(os.path.join(directory, name), "".join(lines).encode())
 
 
 def append_to_journal(directory: str, report: ShardReport, name: str = NAME) -> None:
@@ -136,7 +136,10 @@ def append_to_journal(directory: str, report: ShardReport, name: str = NAME) -> 
 
 
 def journal_line(report: ShardReport) -> str:
-    return json.dumps({**asdict(report), "shard": os.path.basename(report.shard)}) + "\n"
+    # dataclasses.asdict would copy every number of the histograms, by itself.
+    dropped = [vars(one) for one in report.dropped]
+    values = {**vars(report), "shard": os.path.basename(report.shard), "dropped": dropped}
+    return json.dumps(values) + "\n"
 
 
 def tars_in(directory: str) -> list[str]:

@@ -253,7 +253,7 @@ def _stored_bytes(utterance: SourceUtterance, access: Access) -> int | None:
     if isinstance(utterance.audio, FileAudio):
         path = local_path(full_path(utterance.audio.path, utterance, access))
         if path is not None:
-            require_file(path)
+            return require_file(path)
     return stored_bytes(utterance, access)
 
 
