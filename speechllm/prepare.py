@@ -16,14 +16,16 @@ from speechllm.config.data import DatasetPrompt
 from speechllm.config.model import Prompt
 from speechllm.config.schema import Config
 from speechllm.data.cache import BlockCache
+from speechllm.data.files import local_path
 from speechllm.data.index import Corpus, open_corpus
 from speechllm.data.mixture import Mixture
 from speechllm.data.plan import PlanSettings
 from speechllm.data.plan_table import PlanTable
 from speechllm.data.prefix import common_prefix
 from speechllm.data.prompt import Prompter, Tokens
-from speechllm.data.selection import CostSettings, Selection, populate
+from speechllm.data.selection import CostSettings, Selection, TextTokens, populate
 from speechllm.data.store import Store
+from speechllm.data.text_tokens import count_texts
 from speechllm.errors import ConfigError, DataError
 from speechllm.log import logger
 from speechllm.model.build import AudioTokens, audio_token_counter, build_model
@@ -31,6 +33,9 @@ from speechllm.model.pretrained import load_tokenizer
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.strategy.build import frozen_weights, loading
 from speechllm.types import SAMPLE_RATE
+
+# Up to so many, data.text_tokens=auto counts: two minutes of one core.
+COUNTED_UTTERANCES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,8 @@ class Split:
     selection: Selection
     hours: float  # of audio that is used
     table: PlanTable
+    prompters: tuple[Prompter, ...]  # one, or one of each shard
+    texts: TextTokens | None = None  # where they were counted
     mixture: Mixture | None = None
 
 
@@ -132,17 +139,20 @@ def open_split(
     *,
     key: str,
     budget: int,
-    prompt_tokens: tuple[int, ...] = (),
+    prompters: tuple[Prompter, ...] = (),
     rate: int = SAMPLE_RATE,
+    count: bool = False,
 ) -> Split:
     """Raises ConfigError without `patterns`, DataError where nothing is left; both name `key`.
 
-    prompt_tokens: of each shard, where their prompts are not the general one. rate: Hz at which
-    costs take the audio to be.
+    prompters: of each shard, where their prompts are not the general one. rate: Hz at which costs
+    take the audio to be. count: the tokens of the texts, as far as data.text_tokens wants it.
     """
     if not patterns:
         raise ConfigError(f"{key} is not set; give a directory or glob of shards: {key}=DIR")
     corpus = open_corpus(patterns, open_cache(config))
+    prompt_tokens = tuple(prompter.max_prompt_tokens for prompter in prompters)
+    prompters = prompters or (text.prompter,)
     settings = CostSettings(
         prompt_tokens or text.prompter.max_prompt_tokens,
         config.data.characters_per_token,
@@ -151,7 +161,10 @@ def open_split(
         budget,
         rate,
     )
-    found = populate(corpus, text.audio_tokens, settings)
+    texts = None
+    if count and _texts_are_counted(config, corpus):
+        texts = count_texts(corpus, prompters, config.data.characters_per_token)
+    found = populate(corpus, text.audio_tokens, settings, texts)
     selection = found.selection
     for reason, numbers in selection.dropped.items():
         if len(numbers):
@@ -169,7 +182,30 @@ def open_split(
             f"{key}: none of the {len(corpus)} utterances can be used (dropped: {drops}); "
             "see data.min_seconds, data.max_seconds and data.microbatch_tokens"
         )
-    return Split(corpus, Store(corpus), settings, found.costs, selection, found.hours, found.table)
+    return Split(
+        corpus=corpus,
+        store=Store(corpus),
+        cost_settings=settings,
+        costs=found.costs,
+        selection=selection,
+        hours=found.hours,
+        table=found.table,
+        prompters=prompters,
+        texts=texts,
+    )
+
+
+def _texts_are_counted(config: Config, corpus: Corpus) -> bool:
+    """Raises ConfigError where they are to be and cannot."""
+    wanted = config.data.text_tokens
+    remote = next((tar for tar in corpus.shards if local_path(tar) is None), None)
+    if wanted == "exact" and remote is not None:
+        raise ConfigError(
+            f"data.text_tokens=exact: {remote} is remote, and all texts would have to be fetched "
+            "before the first step; set data.text_tokens=estimate, or copy the shards"
+        )
+    few = remote is None and len(corpus) <= COUNTED_UTTERANCES
+    return wanted == "exact" or (wanted == "auto" and few)
 
 
 def open_cache(config: Config) -> BlockCache | None:

@@ -36,7 +36,9 @@ def open_training(config: Config, text: TextSide, *, budget: int | None = None) 
     budget = data.microbatch_tokens if budget is None else budget
     rate = slowest_rate(data.augmentation.speed)
     if not data.mixture:
-        return open_split(config, data.train, text, key="data.train", budget=budget, rate=rate)
+        return open_split(
+            config, data.train, text, key="data.train", budget=budget, rate=rate, count=True
+        )
     owners = owners_of_shards(data.mixture)
     split = open_split(
         config,
@@ -45,7 +47,8 @@ def open_training(config: Config, text: TextSide, *, budget: int | None = None) 
         key="data.mixture",
         budget=budget,
         rate=rate,
-        prompt_tokens=tuple(text.prompters[name].max_prompt_tokens for name in owners.values()),
+        prompters=tuple(text.prompters[name] for name in owners.values()),
+        count=True,
     )
     mixture = plan_mixture(
         data.mixture,
@@ -69,6 +72,8 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
     corpus, kept = split.corpus, split.selection.kept
     plain = config.performance.preset == "plain"
     own_costs, table = split.costs, split.table
+    prompts_differ = any(len(set(p.prompt_tokens)) > 1 for p in split.prompters)
+    shorter = split.texts is not None and prompts_differ and not plain
     if plain:  # batches of so many utterances, whatever their lengths, in random order
         own_costs = np.ones_like(split.costs)
         table = plan_table(corpus.shard_sizes, own_costs, kept, settings.microbatch_tokens)
@@ -76,7 +81,7 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
     def usual(epoch: int) -> EpochPlan:
         return plan_epoch(corpus.shard_sizes, own_costs, kept, settings, epoch, table)
 
-    if split.mixture is None and (plain or not speed.probability):
+    if split.mixture is None and not shorter and (plain or not speed.probability):
         return lru_cache(maxsize=2)(usual)
 
     @cache
@@ -87,7 +92,11 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
         costs, taken, sizes = own_costs, kept, corpus.shard_sizes
         if speed.probability and not plain:
             rates = speed_rates(speed, config.seed, epoch, hashes())
-            costs = costs_at(corpus, audio_token_counter(config.model), split.cost_settings, rates)
+            costs = costs_at(
+                corpus, audio_token_counter(config.model), split.cost_settings, rates, split.texts
+            )
+        if shorter:
+            costs = costs - _shorter_prompts(split, epoch)
         if split.mixture is not None:
             heard = epoch_utterances(split.mixture.parts, config.seed, epoch)
             taken, sizes = spread(heard, sizes)
@@ -106,6 +115,25 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
         return EpochPlan(found["costs"], found["taken"], table, settings, epoch)
 
     return plan_of
+
+
+def _shorter_prompts(split: Split, epoch: int) -> np.ndarray:
+    """By how many tokens the prompt that each utterance gets in that epoch is shorter than the
+    longest of those it may get: int32 [U]."""
+    assert split.texts is not None
+    corpus, prompters = split.corpus, split.prompters
+    keys = corpus.column("key").chunks
+    found = np.zeros(len(corpus), dtype=np.int32)
+    first = 0
+    for shard, size in enumerate(corpus.shard_sizes.tolist()):
+        prompter = prompters[shard] if len(prompters) > 1 else prompters[0]
+        saved = max(prompter.prompt_tokens) - np.array(prompter.prompt_tokens, dtype=np.int32)
+        if saved.any():
+            numbers = [prompter.text_number(key, epoch) for key in keys[shard].to_pylist()]
+            found[first : first + size] = saved[numbers]
+        first += size
+    found[split.texts.prompts > 0] = 0
+    return found
 
 
 def train_loader(
@@ -155,8 +183,11 @@ def data_identity(config: Config, split: Split) -> dict[str, Any]:
         "data.microbatch_tokens": settings.microbatch_tokens,
         "data.microbatches_per_step": settings.microbatches_per_step,
         "data.window": settings.window,
-        "data.characters_per_token": config.data.characters_per_token,
     }
+    if split.texts is None:
+        about["data.characters_per_token"] = config.data.characters_per_token
+    else:
+        about["data.text_tokens"] = split.texts.digest
     if speed.probability:
         about["data.augmentation.speed"] = speed.model_dump(mode="json")
     if split.mixture is not None:

@@ -50,7 +50,7 @@ def test_a_run_leaves_its_directory(tmp_path: Path, shards: Path) -> None:
 
 
 # The tiny model at seed 1 in fp32. A change here is a change of what is trained.
-GOLDEN = [5.5786, 5.5170, 5.4909, 5.5150, 5.4837, 5.5049, 5.4829, 5.5046]
+GOLDEN = [5.5766, 5.5136, 5.4952, 5.4952, 5.4851, 5.4941, 5.4831, 5.4937]
 
 
 def test_golden_loss_curve(tmp_path: Path, shards: Path) -> None:
@@ -72,7 +72,11 @@ def test_a_start_by_ctc_goes_over_into_the_language_model(tmp_path: Path, shards
     tiny(tmp_path, shards, *settings)
     found = metrics(tmp_path)
     assert [line["objective"] for line in found] == ["ctc"] * 8 + ["lm"] * 4
-    assert found[7]["loss"] < found[0]["loss"] - 0.5
+    # Of the same utterances: an epoch has two steps, in random order.
+    first, last = (
+        sum(line["loss"] * line["target_tokens"] for line in found[at : at + 2]) for at in (0, 6)
+    )
+    assert last < 0.75 * first
     assert found[0]["lr"] == found[8]["lr"] == 3e-3  # both warm up
 
 

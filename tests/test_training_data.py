@@ -19,6 +19,7 @@ from memory_corpus import facts
 from runs import TINY, assert_same_run, metrics
 from speech_files import write_shards
 
+import speechllm.prepare
 import speechllm.train
 import speechllm.training_data
 from speechllm.cli import main
@@ -125,8 +126,9 @@ def test_equal_weights_are_the_plain_list_of_shards(corpora: Path) -> None:
     assert all_facts(steps_of(config, 6)) == all_facts(steps_of(plain, 6))
 
 
-def test_the_prompt_of_a_data_set_is_counted_and_used(corpora: Path) -> None:
-    config = mixed(corpora)
+@pytest.mark.parametrize("way", ["exact", "estimate"])
+def test_the_prompt_of_a_data_set_is_counted_and_used(corpora: Path, way: str) -> None:
+    config = mixed(corpora, f"data.text_tokens={way}")
     split, text = opened(config)
     costs = {}
     for data in steps_of(config, 4):
@@ -138,15 +140,63 @@ def test_the_prompt_of_a_data_set_is_counted_and_used(corpora: Path) -> None:
                 prompt = text.tokenizer.decode(tokens[:60])
                 assert ("longer prompt" in prompt) == (reference.number < 9)
                 costs[reference.number] = length
-    estimate = {n: int(split.costs[n]) for n in costs}
+    planned = {n: int(split.costs[n]) for n in costs}
     calls = [n for n in costs if n < 9]
     assert calls
     extra = text.prompters["calls"].max_prompt_tokens - text.prompter.max_prompt_tokens
     assert extra > 10
+    if way == "exact":
+        assert costs == planned
+        return
     for n in costs:
         # Three characters a token were guessed; the tiny tokenizer takes one.
         characters = int(split.corpus.text_lengths[n])
-        assert costs[n] == estimate[n] - -(-characters // 3) + characters
+        assert costs[n] == planned[n] - -(-characters // 3) + characters
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_the_plan_knows_every_rows_positions(corpora: Path, mixture: bool) -> None:
+    """Also with several prompts, of which each epoch gives an utterance another, and with speed."""
+    texts = 'texts=["A: {audio}","Write down what you hear in this recording: {audio}"]'
+    config = mixed(
+        corpora, f"model.prompt.{texts}", "data.augmentation.speed.probability=0.5",
+        "data.microbatch_tokens=300", f"data.mixture.read.prompt.{texts.replace('A: ', '')}",
+    )  # fmt: skip
+    if not mixture:
+        config = load_config(
+            TINY,
+            [f"data.train={corpora / 'read'}", f"model.prompt.{texts}", "data.num_workers=0",
+             "data.microbatch_tokens=300"],
+        )  # fmt: skip
+    split, _ = opened(config)
+    plan_of = epoch_plans(config, split)
+    seen: dict[int, set[int]] = {}
+    for epoch in range(3):
+        flat = plan_of(epoch).flat()
+        planned = iter(flat.positions.tolist())
+        for data in steps_of(config, plan_of(epoch).num_steps, epoch=epoch):
+            for m in data.microbatches:
+                rows, columns = m.batch.tokens_BS.shape
+                assert rows * columns == next(planned) <= 300
+                for reference, length in zip(m.references, m.batch.lengths, strict=True):
+                    seen.setdefault(reference.number, set()).add(length)
+    assert any(len(lengths) > 1 for lengths in seen.values())
+
+
+def test_texts_are_counted_where_that_is_cheap(
+    corpora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counts(*overrides: str) -> bool:
+        return opened(mixed(corpora, *overrides))[0].texts is not None
+
+    assert counts()
+    assert not counts("data.text_tokens=estimate")
+    monkeypatch.setattr(speechllm.prepare, "COUNTED_UTTERANCES", 38)
+    assert not counts()
+    assert counts("data.text_tokens=exact")
+    monkeypatch.setattr(speechllm.prepare, "local_path", lambda tar: None)
+    with pytest.raises(ConfigError, match=r"is remote.*data\.text_tokens=estimate"):
+        counts("data.text_tokens=exact")
 
 
 def test_an_utterances_own_prompt_goes_before_the_data_sets(tmp_path: Path) -> None:
@@ -234,7 +284,7 @@ def test_the_plan_knows_the_speed_of_every_utterance(corpora: Path) -> None:
                 prompts = [
                     text.prompters["calls" if n < 9 else "read"].max_prompt_tokens for n in planned
                 ]
-                texts = -(-split.corpus.text_lengths[planned] // 3)
+                texts = split.corpus.text_lengths[planned]  # a token for each character
                 rows = text.audio_tokens(foretold[planned]) + prompts + texts
                 assert len(rows) * max(rows) == next(positions)
                 assert len(rows) * max(rows) <= 400

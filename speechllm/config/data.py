@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -166,8 +166,14 @@ class Data(Section):
     )
     min_seconds: float = Field(0.1, ge=0, description="Shorter utterances are dropped.")
     max_seconds: float = Field(60.0, gt=0, description="Longer utterances are dropped.")
+    text_tokens: Literal["auto", "exact", "estimate"] = Field(
+        "auto",
+        description="How texts enter the budget of a microbatch in training. `exact`: all are read "
+        "and tokenised when the data are opened, once on each node; `estimate`: by their length in "
+        "the index; `auto`: exact for up to a million utterances in local or mounted files.",
+    )
     characters_per_token: float = Field(
-        3.0, gt=0, description="Estimate by which text length enters the budget."
+        3.0, gt=0, description="Of the estimate; above what is true, budgets are overrun."
     )
     num_workers: int = Field(2, ge=0, description="Loader processes of each rank; 0: none.")
     prefetch: int = Field(4, ge=1, description="Microbatches each worker keeps ready.")

@@ -282,6 +282,10 @@ def _read(
         multiprocessing_context="fork" if num_workers else None,
         generator=torch.Generator(),  # a seed for the workers is drawn; not from the model's
     )
+    if num_workers:
+        # Texts may have been counted by the threads of the tokenizers library, which says so at
+        # each fork unless this is set.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with _signals_held():
         batches = iter(loader)
     yield from batches

@@ -7,7 +7,11 @@ the chat template puts around the audio; only target and end token are trained o
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 import jinja2
@@ -20,6 +24,7 @@ from speechllm.types import AudioSegment, Example, Segment, TextSegment, Utteran
 AUDIO = "{audio}"
 STAND_IN = "[[AUDIO-STAND-IN]]"  # for what a chat template must neither trim nor escape
 CACHED_TEXTS = 1024
+TEXTS_AT_ONCE = 1024  # more would take 10 KB each
 
 Tokens = tuple[int, ...]
 
@@ -35,8 +40,8 @@ class Prompter:
     Attributes:
         end_token_id: what ends the model's turn in the chat template, otherwise the tokenizer's
             end of sequence. Trained, and where decoding stops.
-        max_prompt_tokens: most tokens that prefix, suffix and end token take together for any of
-            the configured texts.
+        prompt_tokens: how many prefix, suffix and end token take together, for each of the
+            configured texts.
         prefix: tokens with which every example of the configured texts begins.
 
     Raises:
@@ -57,8 +62,48 @@ class Prompter:
                 "template. Set model.prompt.kind=plain, or use an instruction-tuned LLM."
             )
         self.end_token_id = self._find_end_token()
-        self.max_prompt_tokens = 1 + max(sum(map(len, self.pieces(text))) for text in prompt.texts)
+        self.prompt_tokens = tuple(map(self._tokens_of, prompt.texts))
         self.prefix = common_prefix(self.pieces(text)[0] for text in prompt.texts)
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        return max(self.prompt_tokens)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of all that the tokens of targets and prompts follow from."""
+        tokenizer = self._tokenizer
+        rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(tokenizer)
+        facts = [rules, tokenizer.chat_template, self._prompt.model_dump_json()]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def target_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text as a target, its end token left out."""
+        stripped = [text.strip() for text in texts]
+        if not self._tokenizer.is_fast:
+            return [len(self._encode(text, split_special_tokens=True)) for text in stripped]
+        backend = self._prepared_backend(split_special_tokens=True)
+        counts = []
+        for at in range(0, len(stripped), TEXTS_AT_ONCE):
+            batch = backend.encode_batch(
+                stripped[at : at + TEXTS_AT_ONCE], add_special_tokens=False
+            )
+            counts += [len(encoding.ids) for encoding in batch]
+        return counts
+
+    def own_prompt_tokens(self, utterance: Utterance) -> int:
+        """As `prompt_tokens`, of the utterance's own `prompt` field; 0 where it has none. Raises
+        DataError where that cannot be used."""
+        text = self._own_text(utterance)
+        return 0 if text is None else self._tokens_of(text)
+
+    def text_number(self, key: str, epoch: int) -> int:
+        """Which of the configured texts the utterance of that key is trained with in that epoch."""
+        if len(self._prompt.texts) == 1:
+            return 0
+        name = f"{self._seed}\n{epoch}\n{key}".encode(errors="surrogateescape")
+        digest = hashlib.blake2b(name, digest_size=8).digest()
+        return int.from_bytes(digest, "little") % len(self._prompt.texts)
 
     def example(self, utterance: Utterance, epoch: int, *, with_target: bool) -> Example:
         """The segments of one utterance.
@@ -71,7 +116,8 @@ class Prompter:
         Raises:
             DataError: the utterance's `prompt` field cannot be used.
         """
-        text = self._own_text(utterance) or self._configured_text(utterance.key, epoch, with_target)
+        number = self.text_number(utterance.key, epoch) if with_target else 0
+        text = self._own_text(utterance) or self._prompt.texts[number]
         prefix, suffix = self.pieces(text)
         segments: list[Segment] = [AudioSegment(utterance.samples, encoded=utterance.encoded)]
         if prefix:
@@ -124,13 +170,8 @@ class Prompter:
             )
         return text.strip() or None
 
-    def _configured_text(self, key: str, epoch: int, with_target: bool) -> str:
-        texts = self._prompt.texts
-        if len(texts) == 1 or not with_target:
-            return texts[0]
-        name = f"{self._seed}\n{epoch}\n{key}".encode(errors="surrogateescape")
-        digest = hashlib.blake2b(name, digest_size=8).digest()
-        return texts[int.from_bytes(digest, "little") % len(texts)]
+    def _tokens_of(self, text: str) -> int:
+        return 1 + sum(map(len, self.pieces(text)))
 
     def _bos(self) -> Tokens:
         """For plain prompts, the token that the tokenizer starts a text with, where it does.
@@ -178,12 +219,16 @@ class Prompter:
             return ()
         if self._tokenizer.is_fast:
             # What the tokenizer's own call does around this takes 0.1 ms, 3 % of decoding audio.
-            backend = self._tokenizer.backend_tokenizer
-            backend.encode_special_tokens = split_special_tokens
-            backend.no_truncation()
-            backend.no_padding()
+            backend = self._prepared_backend(split_special_tokens=split_special_tokens)
             return tuple(backend.encode(text, add_special_tokens=False).ids)
         encoded = self._tokenizer(
             text, add_special_tokens=False, split_special_tokens=split_special_tokens
         )
         return tuple(encoded["input_ids"])
+
+    def _prepared_backend(self, *, split_special_tokens: bool) -> Tokenizer:
+        backend: Tokenizer = self._tokenizer.backend_tokenizer
+        backend.encode_special_tokens = split_special_tokens
+        backend.no_truncation()
+        backend.no_padding()
+        return backend

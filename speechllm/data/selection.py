@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -27,9 +28,9 @@ class CostSettings:
     """What costs and choice follow from, besides the corpus.
 
     prompt_tokens: prefix, suffix and end token together; where shards differ, of each.
-    characters_per_token: estimate by which the length of the text is counted. budget: positions of
-    a microbatch; an utterance above it fits none. rate: Hz at which audio is taken to be, see
-    `perturbed_samples`.
+    characters_per_token: estimate by which the length of the text is counted where its tokens are
+    not. budget: positions of a microbatch; an utterance above it fits none. rate: Hz at which audio
+    is taken to be, see `perturbed_samples`.
     """
 
     prompt_tokens: int | tuple[int, ...]
@@ -42,6 +43,20 @@ class CostSettings:
     def prompt_tokens_in(self, shard: int) -> int:
         tokens = self.prompt_tokens
         return tokens if isinstance(tokens, int) else tokens[shard]
+
+
+@dataclass(frozen=True, eq=False)
+class TextTokens:
+    """What was counted. targets: int32 [U], tokens of each target without its end token. prompts:
+    int32 [U], tokens of an utterance's own prompt with the end token, 0 where it has none."""
+
+    targets: np.ndarray
+    prompts: np.ndarray
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex)."""
+        return hashlib.sha256(self.targets.tobytes() + self.prompts.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,21 +79,27 @@ class Population:
     table: PlanTable
 
 
-def populate(corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings) -> Population:
+def populate(
+    corpus: Corpus,
+    audio_tokens: AudioTokens,
+    settings: CostSettings,
+    texts: TextTokens | None = None,
+) -> Population:
     """Costs and choice of all utterances of a corpus.
 
     Those of a large corpus are computed by one process of a node and memory-mapped by the others.
 
     Args:
         audio_tokens: int64 samples at 16 kHz -> int64 connector outputs, element by element.
+        texts: where their tokens were counted.
     """
     if len(corpus) < SHARED_UTTERANCES:
-        arrays = _populate(corpus, audio_tokens, settings)
+        arrays = _populate(corpus, audio_tokens, settings, texts)
     else:
         arrays = shared_arrays(
             "costs",
-            _key(corpus, audio_tokens, settings),
-            lambda: _populate(corpus, audio_tokens, settings),
+            _key(corpus, audio_tokens, settings, texts),
+            lambda: _populate(corpus, audio_tokens, settings, texts),
         )
     dropped = {
         name.removeprefix("dropped_"): array
@@ -91,7 +112,11 @@ def populate(corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings) 
 
 
 def costs_at(
-    corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings, rates: np.ndarray | int
+    corpus: Corpus,
+    audio_tokens: AudioTokens,
+    settings: CostSettings,
+    rates: np.ndarray | int,
+    texts: TextTokens | None = None,
 ) -> np.ndarray:
     """LLM positions of each utterance whose audio is taken to be at `rates` Hz: int32 [U]."""
     prompt_tokens: np.ndarray | int = 0
@@ -105,30 +130,33 @@ def costs_at(
         chunk = slice(at, at + _CHUNK)
         samples = np.rint(corpus.durations[chunk] * SAMPLE_RATE).astype(np.int64)
         rate = np.broadcast_to(rates, len(corpus))[chunk]
-        costs[chunk] = utterance_costs(
-            audio_tokens(perturbed_samples(samples, rate)),
-            corpus.text_lengths[chunk],
-            np.broadcast_to(prompt_tokens, len(corpus))[chunk],
-            settings.characters_per_token,
-        )
+        prompts = np.broadcast_to(prompt_tokens, len(corpus))[chunk]
+        if texts is None:
+            targets = estimated_tokens(corpus.text_lengths[chunk], settings.characters_per_token)
+        else:
+            targets, own = texts.targets[chunk], texts.prompts[chunk]
+            prompts = np.where(own > 0, own, prompts)
+        audio = audio_tokens(perturbed_samples(samples, rate))
+        costs[chunk] = utterance_costs(audio, targets, prompts)
     return costs
 
 
+def estimated_tokens(text_lengths: np.ndarray, characters_per_token: float) -> np.ndarray:
+    """Tokens of texts of so many characters: int64 [U]."""
+    return np.ceil(np.asarray(text_lengths) / characters_per_token).astype(np.int64)
+
+
 def utterance_costs(
-    audio_tokens: np.ndarray,
-    text_lengths: np.ndarray,
-    prompt_tokens: np.ndarray | int,
-    characters_per_token: float,
+    audio_tokens: np.ndarray, target_tokens: np.ndarray, prompt_tokens: np.ndarray | int
 ) -> np.ndarray:
     """LLM positions of each utterance: int32 [U].
 
     Args:
         audio_tokens: int64 [U], connector outputs.
-        text_lengths: int [U], characters of the target, from which its tokens are estimated.
+        target_tokens: int [U], of the target without its end token.
         prompt_tokens: prefix, suffix and end token together.
     """
-    text_tokens = np.ceil(np.asarray(text_lengths) / characters_per_token).astype(np.int64)
-    costs = np.asarray(audio_tokens).astype(np.int64) + prompt_tokens + text_tokens
+    costs = np.asarray(audio_tokens).astype(np.int64) + prompt_tokens + target_tokens
     return np.minimum(costs, _LARGEST).astype(np.int32)
 
 
@@ -163,9 +191,9 @@ def select(
 
 
 def _populate(
-    corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings
+    corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings, texts: TextTokens | None
 ) -> dict[str, np.ndarray]:
-    costs = costs_at(corpus, audio_tokens, settings, settings.rate)
+    costs = costs_at(corpus, audio_tokens, settings, settings.rate, texts)
     selection = select(
         corpus.durations,
         corpus.text_lengths,
@@ -186,8 +214,11 @@ def _populate(
     }
 
 
-def _key(corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings) -> str:
+def _key(
+    corpus: Corpus, audio_tokens: AudioTokens, settings: CostSettings, texts: TextTokens | None
+) -> str:
     """Of the counter of audio tokens, what it says of two thousand lengths up to two minutes."""
     probes = audio_tokens(np.arange(1, 2_000_000, 997))
-    facts = [_VERSION, corpus.fingerprint, repr(settings), np.asarray(probes).tolist()]
+    counted = None if texts is None else texts.digest
+    facts = [_VERSION, corpus.fingerprint, repr(settings), np.asarray(probes).tolist(), counted]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

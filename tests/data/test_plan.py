@@ -177,7 +177,7 @@ def corpus(count: int, seed: int = 0) -> Case:
     long = random.normal(14.5, 1.2, count)
     seconds = np.where(random.random(count) < 0.75, long, random.uniform(1.3, 14, count))
     seconds = seconds.clip(1.3, 35)
-    costs = utterance_costs(np.ceil(seconds * 50 / 6), np.floor(seconds * 15), 30, 3.0)
+    costs = utterance_costs(np.ceil(seconds * 50 / 6), np.ceil(np.floor(seconds * 15) / 3), 30)
     sizes = np.full(count // 500, 500)
     return Case(sizes, costs, np.arange(count), PlanSettings(1, 4096, 8, 10_000), 0)
 

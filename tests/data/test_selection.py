@@ -10,7 +10,15 @@ from speech_files import write_shards
 from speechllm.data import selection as selection_module
 from speechllm.data.index import Corpus, open_corpus
 from speechllm.data.plan import PlanSettings, plan_epoch
-from speechllm.data.selection import CostSettings, populate, select, utterance_costs
+from speechllm.data.selection import (
+    CostSettings,
+    TextTokens,
+    costs_at,
+    estimated_tokens,
+    populate,
+    select,
+    utterance_costs,
+)
 
 SETTINGS = CostSettings(
     prompt_tokens=5, characters_per_token=3.0, min_seconds=0.3, max_seconds=0.9, budget=200
@@ -22,7 +30,7 @@ def audio_tokens(samples: np.ndarray) -> np.ndarray:
 
 
 def test_costs_count_audio_text_and_prompt() -> None:
-    costs = utterance_costs(np.array([10, 20]), np.array([0, 7]), 5, 3.0)
+    costs = utterance_costs(np.array([10, 20]), estimated_tokens(np.array([0, 7]), 3.0), 5)
     assert costs.tolist() == [15, 28]
     assert costs.dtype == np.int32
 
@@ -54,7 +62,7 @@ def test_an_utterance_of_no_length_is_too_short_also_without_a_minimum() -> None
 
 
 def test_a_cost_beyond_all_budgets_stays_one() -> None:
-    costs = utterance_costs(np.array([2**40]), np.zeros(1), 5, 3.0)
+    costs = utterance_costs(np.array([2**40]), np.zeros(1, int), 5)
     assert costs.tolist() == [2**31 - 1]
 
 
@@ -66,13 +74,30 @@ def corpus(tmp_path: Path) -> Corpus:
 def test_a_population_is_what_its_parts_say(corpus: Corpus) -> None:
     found = populate(corpus, audio_tokens, SETTINGS)
     samples = np.ceil(corpus.durations * 16_000).astype(np.int64)
-    costs = utterance_costs(audio_tokens(samples), corpus.text_lengths, 5, 3.0)
+    costs = utterance_costs(audio_tokens(samples), estimated_tokens(corpus.text_lengths, 3.0), 5)
     assert found.costs.tolist() == costs.tolist()
     kept = (corpus.durations >= 0.3) & (corpus.durations <= 0.9)
     assert 0 < kept.sum() < 30
     assert found.selection.kept.tolist() == np.flatnonzero(kept).tolist()
     assert sorted(found.selection.dropped) == ["no_text", "over_budget", "too_long", "too_short"]
     assert found.hours == pytest.approx(corpus.durations[kept].sum() / 3600)
+
+
+def test_counted_texts_and_own_prompts_take_the_place_of_estimates(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    texts = TextTokens(
+        np.arange(30, dtype=np.int32), np.where(np.arange(30) % 3 == 0, 9, 0).astype(np.int32)
+    )
+    samples = np.rint(corpus.durations * 16_000).astype(np.int64)
+    expected = audio_tokens(samples) + np.arange(30) + np.where(np.arange(30) % 3 == 0, 9, 5)
+    assert costs_at(corpus, audio_tokens, SETTINGS, 16_000, texts).tolist() == expected.tolist()
+    assert populate(corpus, audio_tokens, SETTINGS, texts).costs.tolist() == expected.tolist()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(selection_module, "SHARED_UTTERANCES", 1)
+    for given in (None, texts, None):  # none of them is served another's
+        found = populate(corpus, audio_tokens, SETTINGS, given)
+        assert (found.costs.tolist() == expected.tolist()) == (given is not None)
 
 
 def test_a_shared_population_is_the_same(
