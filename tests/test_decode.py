@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import pytest
-from runs import TINY, run
+from forked_ranks import Ranks
+from runs import TINY
 
 import speechllm.decode
 from speechllm.cli import main
@@ -113,10 +114,12 @@ def test_other_settings_decode_anew(trained: Path, shards: Path) -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks_share_the_work_and_say_the_same(trained: Path, shards: Path) -> None:
+def test_two_ranks_share_the_work_and_say_the_same(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
     generate_run(trained, {"alone": str(shards)}, [], ALONE)
-    code, output = run(["generate", str(trained), "--split", f"both={shards}"], processes=2)
-    assert code == 0, output
+    ended = Ranks(tmp_path, ["generate", str(trained), "--split", f"both={shards}"]).wait()
+    assert ended.codes == [0, 0], ended.logs
     assert lines(trained, "both") == lines(trained, "alone")
 
 
