@@ -132,7 +132,7 @@ def open_split(pattern: str) -> Split:
     tars, durations = [], [np.zeros(0)]
     for tar in files.tars:
         try:
-            durations.append(open_index(tar).rows.column("duration").to_numpy().copy())
+            durations.append(np.from_dlpack(open_index(tar).rows.column("duration")).copy())
         except DataError as error:
             detail = str(error).removeprefix(f"{tar}: ")
             files.findings.append(Finding("index", tar, None, detail))

@@ -316,11 +316,12 @@ def _summary(tars: Sequence[str], cache: BlockCache | None) -> dict[str, np.ndar
         name = index.tar.rsplit("/", 1)[-1]
         digest.update(f"{name}\0{index.tar_size}\0{index.header_hash}\0".encode())
         for column in ("audio_offset", "duration", "text_length"):
-            digest.update(index.rows.column(column).to_numpy().tobytes())
+            # pyarrow's own to_numpy imports pandas where there is one, 0.8 s of CPU.
+            digest.update(np.from_dlpack(index.rows.column(column)).tobytes())
         sizes.append(index.rows.num_rows)
         # Copies, so that no more than a few indexes are mapped at a time: a system allows 65,530.
-        durations.append(index.rows.column("duration").to_numpy().copy())
-        text_lengths.append(index.rows.column("text_length").to_numpy().copy())
+        durations.append(np.from_dlpack(index.rows.column("duration")).copy())
+        text_lengths.append(np.from_dlpack(index.rows.column("text_length")).copy())
     return {
         "shard_sizes": np.array(sizes, dtype=np.int64),
         "durations": np.concatenate(durations),
