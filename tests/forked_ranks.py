@@ -65,6 +65,12 @@ class Ranks:
     def process(self, rank: int) -> int:
         return int((self.directory / f"pid_{rank}").read_text())
 
+    def said(self, rank: int) -> str | None:
+        """What its launcher's log has, once the rank has ended."""
+        if not (self.directory / f"code_{rank}").exists():
+            return None
+        return "".join(log.read_text() for _, log in self.launchers)
+
     def wait(self) -> Ended:
         """Raises AssertionError where they hang, after they have been killed."""
         deadline = time.monotonic() + PATIENCE

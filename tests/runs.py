@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,10 @@ def tiny_config(run_dir: Path, shards: Path, *overrides: str) -> Config:
     return load_config(TINY, [f"run_dir={run_dir}", f"data.train={shards}", *overrides])
 
 
-def start(command: Sequence[str], *, processes: int = 1) -> subprocess.Popen[str]:
-    """`python -m speechllm COMMAND`, under torchrun where there are several processes."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+def start(command: Sequence[str]) -> subprocess.Popen[str]:
+    """`python -m speechllm COMMAND`."""
     return subprocess.Popen(
-        [*launcher, "-m", "speechllm", *command],
+        [sys.executable, "-m", "speechllm", *command],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -51,19 +47,24 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, output
 
 
-def run(command: Sequence[str], *, processes: int = 1) -> tuple[int, str]:
-    return finish(start(command, processes=processes))
+def wait_for_steps(run_dir: Path, steps: int, has_ended: Callable[[], str | None]) -> None:
+    """Until a run has logged so many. has_ended: what it printed, once it is over."""
+    deadline = time.monotonic() + PATIENCE
+    while len(metrics(run_dir)) < steps:
+        assert (output := has_ended()) is None, output
+        assert time.monotonic() < deadline, "no progress"
+        time.sleep(0.02)
 
 
 def stop_after(
     process: subprocess.Popen[str], run_dir: Path, steps: int, number: signal.Signals
 ) -> tuple[int, str]:
     """Send a signal once the run has logged `steps` steps."""
-    deadline = time.monotonic() + PATIENCE
-    while len(metrics(run_dir)) < steps:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no progress"
-        time.sleep(0.02)
+
+    def has_ended() -> str | None:
+        return None if process.poll() is None else process.communicate()[0]
+
+    wait_for_steps(run_dir, steps, has_ended)
     process.send_signal(number)
     return finish(process)
 

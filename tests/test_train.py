@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import pytest
 from forked_ranks import Ranks
-from runs import TINY, assert_same_run, metrics, run, start, stop_after, tiny_config
+from runs import (
+    TINY,
+    assert_same_run,
+    metrics,
+    start,
+    stop_after,
+    tiny_config,
+    wait_for_steps,
+)
 from speech_files import write_shards
 
 import speechllm.train
@@ -128,25 +137,22 @@ def test_every_stop_signal_saves(
 
 
 def test_killed_and_terminated_processes_resume_bit_for_bit(tmp_path: Path, shards: Path) -> None:
-    """The real command line: kill -9 at some moment, then SIGTERM (exit code 99), then the rest."""
-    settings = ["train.steps=40", "train.checkpoint_every=4", f"data.train={shards}"]
-
-    def command(run_dir: Path) -> list[str]:
-        return ["train", str(Path("configs") / "tiny.yaml"), f"run_dir={run_dir}", *settings]
-
+    """kill -9 at some moment, then SIGTERM to the real command line (exit code 99), then the rest;
+    each with a worker process."""
+    settings = ["train.steps=40", "train.checkpoint_every=4"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    undisturbed = start(command(whole))
-    code, _ = stop_after(start(command(cut)), cut, 6, signal.SIGKILL)
-    assert code == -signal.SIGKILL
+    command = ["train", TINY, f"run_dir={cut}", f"data.train={shards}", *settings]
+    killed = Ranks(tmp_path / "killed", command, launchers=((0,),))
+    wait_for_steps(cut, 6, lambda: killed.said(0))
+    os.kill(killed.process(0), signal.SIGKILL)
+    assert killed.wait().codes == [-signal.SIGKILL]
     resumed_from = read_checkpoint(complete_checkpoints(cut)[-1]).progress.step
     assert resumed_from >= 4
-    code, output = stop_after(start(command(cut)), cut, resumed_from + 8, signal.SIGTERM)
+    code, output = stop_after(start(command), cut, resumed_from + 8, signal.SIGTERM)
     assert code == 99, output
     assert f"resuming after step {resumed_from}" in output
-    code, output = run(command(cut))
-    assert code == 0, output
-    output, _ = undisturbed.communicate()
-    assert undisturbed.returncode == 0, output
+    assert tiny(cut, shards, *settings, workers=1) == DONE
+    assert tiny(whole, shards, *settings, workers=1) == DONE
     assert_same_run(whole, cut)
 
 
@@ -177,14 +183,10 @@ def test_one_process_and_several_train_the_same(tmp_path: Path, shards: Path) ->
 def test_a_run_of_one_rank_goes_on_with_two(tmp_path: Path, shards: Path) -> None:
     settings = ["data.num_workers=0", f"data.train={shards}", SHORT_EPOCH]
     tiny(tmp_path / "whole", shards, "train.steps=8", *settings)
-    tiny(tmp_path / "cut", shards, "train.steps=8", *settings, "train.checkpoint_every=4")
-    newest = find_checkpoint(tmp_path / "cut", prefer="last")
-    assert newest.name == "step_00000008"
-    code, output = run(
-        ["train", "configs/tiny.yaml", f"run_dir={tmp_path / 'cut'}", "train.steps=12", *settings],
-        processes=2,
-    )
-    assert code == 0, output
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut", symlinks=True)
+    command = ["train", TINY, f"run_dir={tmp_path / 'cut'}", "train.steps=12", *settings]
+    ended = Ranks(tmp_path / "ranks", command).wait()
+    assert ended.codes == [0, 0], ended.logs
     tiny(tmp_path / "whole", shards, "train.steps=12", *settings)
     assert [x["loss"] for x in metrics(tmp_path / "cut")] == pytest.approx(
         [x["loss"] for x in metrics(tmp_path / "whole")], rel=1e-5
