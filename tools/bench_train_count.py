@@ -78,7 +78,7 @@ class Work:
     def _predicted(self, microbatch: Microbatch) -> int:
         machine = Machine(self.world.size, 0, on_cpu=self.world.device.type != "cuda")
         job = job_of(self.config, self.architecture, machine)
-        shape = shape_of(microbatch.batch)
+        shape = shape_of(self.config, microbatch.batch, self.prefix)
         return sum(estimate_memory(job, shape, config_name(self.config)).values())
 
     def _rows_run(self, rows: Sequence[Row], counts: Counts) -> list[Row]:

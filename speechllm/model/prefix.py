@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from speechllm.config.performance import Performance
+
 Layers = list[tuple[Tensor, Tensor]]  # keys and values [1, G, P, E] of each layer
 
 
@@ -90,6 +92,29 @@ class ReadOnlyLayer(DynamicLayer):
         repeated_BGPE = prefix_1GPE.expand(len(new_BGSE), -1, -1, -1)
         whole = torch.cat((repeated_BGPE, new_BGSE), dim=2)
         return whole if self.order_N is None else whole.index_select(2, self.order_N)
+
+
+def why_not_cached(
+    performance: Performance, *, llm_trains: bool, longest_row: int | None
+) -> str | None:
+    """None where keys and values of the prefix are computed once a run; else why not, of which
+    there is nothing to say where the configuration does not ask for it.
+
+    longest_row: see the function of that name.
+    """
+    if performance.preset == "plain" or performance.prefix_cache == "off":
+        return ""
+    if llm_trains:
+        return "something of the LLM trains, so keys and values of the prefix change"
+    if longest_row == 0:
+        return "the LLM has layers that keep no keys and values"
+    return None
+
+
+def masks_hold(longest: int, longest_row: int | None) -> bool:
+    """Whether in rows of up to `longest` positions masks that begin with a prefix and keep examples
+    apart say the same as the LLM's own."""
+    return longest_row is None or longest <= longest_row
 
 
 def longest_row(llm: PreTrainedModel) -> int | None:

@@ -19,7 +19,7 @@ from speechllm.log import logger
 from speechllm.model.head import chunked_loss, liger_loss, plain_head, refuse_liger
 from speechllm.model.layout import MASK_KINDS, Layout, MaskKind, additive, packed, padded
 from speechllm.model.loss import label_loss
-from speechllm.model.prefix import Prefix, longest_row
+from speechllm.model.prefix import Prefix, longest_row, masks_hold, why_not_cached
 from speechllm.types import Batch, LossSums
 
 
@@ -44,7 +44,7 @@ class Shortcuts:
     def lay_out(self, batch: Batch) -> tuple[Layout, Cache | None]:
         """The rows and, where they leave out a prefix, its keys and values, which must have been
         computed."""
-        if self.longest_row is not None and max(batch.lengths) > self.longest_row:
+        if not masks_hold(max(batch.lengths), self.longest_row):
             return padded(batch, 0, "rows"), None
         length = self.prefix.length(batch.opening)
         lay_out = packed if self.packing else padded
@@ -104,15 +104,11 @@ def choose(
             f"performance.packing=on: {name} with model.llm.attention={attention} takes no mask "
             "that keeps the examples of a row apart; set performance.packing=off"
         )
-    reason = None
-    if plain or performance.prefix_cache == "off" or not prefix:
-        prefix = ()
-    elif any(parameter.requires_grad for parameter in llm.parameters()):
-        reason = "something of the LLM trains, so keys and values of the prefix change"
-    elif longest == 0:
-        reason = f"{name} has layers that keep no keys and values"
+    llm_trains = any(parameter.requires_grad for parameter in llm.parameters())
+    reason = why_not_cached(performance, llm_trains=llm_trains, longest_row=longest)
     if reason is not None:
-        logger.info("performance.prefix_cache: the prompt is run in every row: %s", reason)
+        if reason and prefix:
+            logger.info("performance.prefix_cache: the prompt is run in every row: %s", reason)
         prefix = ()
     head = plain_head(llm)
     if performance.label_logits and head is None:

@@ -6,13 +6,13 @@ kept is what norms, activation functions, products and attention need for the gr
 inputs. Where a weight trains, its product keeps its input too, in the compute type.
 
 Letters in formulas: d width, q and k widths of all query and of all key heads, f feed-forward
-width, h heads, S columns, c bytes of the compute type, s of the stored (frozen) type, e of what a
-LayerNorm gives: 4 under CUDA's autocast, c on a CPU.
+width, h heads, N keys that a position is scored against, c bytes of the compute type, s of the
+stored (frozen) type, e of what a LayerNorm gives: 4 under CUDA's autocast, c on a CPU.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from speechllm.config import model as schema
@@ -31,7 +31,7 @@ class Setting:
 
     compute: int
     frozen: int
-    attention: Literal["eager", "sdpa", "grouped"]
+    attention: Literal["eager", "sdpa", "grouped", "flash"]
     on_cpu: bool
     checkpointing: bool
     recasts: bool  # frozen weights are stored in another type than they are used in
@@ -45,67 +45,87 @@ class Setting:
 @dataclass(frozen=True)
 class Shape:
     """A microbatch: `rows` utterances of `columns` LLM positions, each of `frames` encoder frames
-    and `tokens` audio tokens; `labels` trained positions in all."""
+    and `tokens` audio tokens; `labels` trained positions in all. With `prefix` tokens all rows of
+    the run begin."""
 
     rows: int
     columns: int
     tokens: int
     frames: int
     labels: int
+    prefix: int = 0
 
     @property
     def positions(self) -> int:
         return self.rows * self.columns
 
-    def one_row(self) -> Shape:
-        return replace(self, rows=1, labels=self.labels // self.rows)
+
+@dataclass(frozen=True)
+class Rows:
+    """A microbatch as the LLM's layers run it: `positions`, each scored against `seen` keys, out of
+    `keys` in all. What is left out of the rows is among the keys and not among the positions."""
+
+    positions: int
+    seen: int
+    keys: int
 
 
-def decoder_layer(llm: Transformer, setting: Setting, columns: int) -> int:
-    """Bytes a position that one frozen decoder layer keeps for the gradient of its input.
+def decoder_layer(llm: Transformer, setting: Setting, rows: Rows) -> int:
+    """Bytes that one frozen decoder layer keeps for the gradient of its input.
 
-    Two RMSNorms keep their input in fp32 and its inverse norm, 2 (4d + 4), q and k norms
-    (OLMo-2, Qwen3) 4 (q + k); attention keeps q, k, v, each as wide as the query heads since
-    keys and values are repeated under a mask. A fused kernel also keeps its output, 4 bytes a head,
-    and the mask of that layer, c S; eager attention keeps the soft-max in fp32 and, where compute
-    is narrower, once more: h S (4 + c); grouped attention keeps it once, h S c, with keys and
-    values as they are. The gated feed-forward block keeps the activation function's input and both
-    factors of the product: 3 f c.
+    Of a position: two RMSNorms keep their input in fp32 and its inverse norm, 2 (4d + 4), q and k
+    norms (OLMo-2, Qwen3) 4 (q + k); attention keeps q. A fused kernel also keeps its output,
+    4 bytes a head, and the mask of that layer, c N; eager attention keeps the soft-max in fp32 and,
+    where compute is narrower, once more: h N (4 + c); grouped attention keeps it once, h N c. The
+    gated feed-forward block keeps the activation function's input and both factors of the product:
+    3 f c. Of a key: k and v, each as wide as the query heads since keys and values are repeated
+    under a mask; grouped and flash attention take them as they are.
     """
     c, queries = setting.compute, llm.heads * llm.head_width
     norms = 2 * (FLOAT * llm.width + FLOAT)
     if llm.head_norms:
         norms += FLOAT * (queries + llm.kv_heads * llm.head_width)
-    attention = 3 * queries * c
-    if setting.attention == "eager":
-        attention += llm.heads * columns * (FLOAT if c == FLOAT else FLOAT + c)
-    elif setting.attention == "grouped":
-        attention = (queries + 2 * llm.kv_heads * llm.head_width) * c + llm.heads * columns * c
-    else:
-        attention += queries * c + FLOAT * llm.heads + columns * c
-    return norms + attention + _feed_forward_parts(llm) * llm.feed_forward * c
+    match setting.attention:
+        case "eager":
+            scores = llm.heads * rows.seen * (FLOAT if c == FLOAT else FLOAT + c)
+        case "grouped":
+            scores = llm.heads * rows.seen * c
+        case "sdpa":
+            scores = queries * c + FLOAT * llm.heads + rows.seen * c
+        case "flash":
+            scores = queries * c + FLOAT * llm.heads
+    position = norms + queries * c + scores + _feed_forward_parts(llm) * llm.feed_forward * c
+    return rows.positions * position + rows.keys * 2 * _key_width(llm, setting) * c
 
 
-def decoder_layer_backward(llm: Transformer, setting: Setting, columns: int) -> int:
-    """Bytes a position that the backward of one layer takes above what the layer keeps.
+def decoder_layer_backward(llm: Transformer, setting: Setting, rows: Rows) -> int:
+    """Bytes that the backward of one layer takes above what the layer keeps.
 
     Feed-forward block: the gradient of its product and of both factors, 3 f c, beside those of the
     stream, 2 d s. Attention, when what the feed-forward block kept is released: gradients of q, k,
-    v and the output; eager, of the soft-max and of what goes into it in fp32, 8 h S, and of v; by
-    then the soft-max's narrow copy is released; grouped, of the same two in the compute type, 2 h S
+    v and the output; eager, of the soft-max and of what goes into it in fp32, 8 h N, and of v; by
+    then the soft-max's narrow copy is released; grouped, of the same two in the compute type, 2 h N
     c, and of the output.
     """
     c, queries = setting.compute, llm.heads * llm.head_width
-    block = _feed_forward_parts(llm) * llm.feed_forward * c
-    kept_by_block = block + FLOAT * llm.width
-    if setting.attention == "eager":
-        narrow = 0 if c == FLOAT else c
-        attention = (2 * FLOAT - narrow) * llm.heads * columns + queries * c
-    elif setting.attention == "grouped":
-        attention = 2 * c * llm.heads * columns + queries * c
-    else:
-        attention = 4 * queries * c
-    return 2 * llm.width * setting.frozen + max(block, attention - kept_by_block)
+    block = rows.positions * _feed_forward_parts(llm) * llm.feed_forward * c
+    kept_by_block = block + rows.positions * FLOAT * llm.width
+    match setting.attention:
+        case "eager":
+            narrow = 0 if c == FLOAT else c
+            attention = rows.positions * (2 * FLOAT - narrow) * llm.heads * rows.seen
+            attention += rows.keys * queries * c
+        case "grouped":
+            attention = rows.positions * (2 * llm.heads * rows.seen + queries) * c
+        case "sdpa" | "flash":
+            attention = 2 * (rows.positions * queries + rows.keys * _key_width(llm, setting)) * c
+    stream = rows.positions * 2 * llm.width * setting.frozen
+    return stream + max(block, attention - kept_by_block)
+
+
+def _key_width(llm: Transformer, setting: Setting) -> int:
+    repeated = setting.attention in ("eager", "sdpa")
+    return (llm.heads if repeated else llm.kv_heads) * llm.head_width
 
 
 def _feed_forward_parts(llm: Transformer) -> int:
@@ -119,18 +139,23 @@ def lora(architecture: Architecture, setting: Setting) -> int:
     return (architecture.lora_inputs + products) * setting.compute
 
 
-def decoder(architecture: Architecture, setting: Setting, shape: Shape) -> int:
+def prefix(llm: Transformer, setting: Setting, shape: Shape) -> int:
+    """Keys and values of the prefix in all layers, which stay from step to step."""
+    return 2 * llm.layers * shape.prefix * llm.kv_heads * llm.head_width * setting.compute
+
+
+def decoder(architecture: Architecture, setting: Setting, rows: Rows) -> int:
     """What the LLM keeps, its layers and the norm after them; with activation checkpointing the
     inputs of the layers (Chen et al. 2016, arXiv:1604.06174)."""
     llm, c = architecture.llm, setting.compute
     rotary = 2 * llm.head_width * c
     position = rotary + FLOAT * llm.width + FLOAT
-    copies = 0
+    layers = copies = 0
     if setting.checkpointing:
         position += llm.layers * llm.width * setting.frozen
     else:
-        position += llm.layers * decoder_layer(llm, setting, shape.columns)
         position += lora(architecture, setting)
+        layers = llm.layers * decoder_layer(llm, setting, rows)
         copies = llm.layers * llm.layer_parameters
     if setting.recasts:
         copies = (copies + (llm.head_parameters or llm.embedding_parameters)) * c
@@ -138,38 +163,39 @@ def decoder(architecture: Architecture, setting: Setting, shape: Shape) -> int:
         copies = 0
     if c != FLOAT:
         copies += architecture.lora_parameters * c
-    return shape.positions * position + copies
+    return rows.positions * position + layers + copies
 
 
-def decoder_backward(architecture: Architecture, setting: Setting, shape: Shape) -> int:
+def decoder_backward(architecture: Architecture, setting: Setting, rows: Rows) -> int:
     """What the backward of the last layer adds to what the LLM keeps, of which the last norm's part
     is released; with activation checkpointing also the layer's own activations, among them, in
     fp32, the input that is kept already."""
     llm = architecture.llm
-    position = decoder_layer_backward(llm, setting, shape.columns) - FLOAT * (llm.width + 1)
+    layer = decoder_layer_backward(llm, setting, rows)
+    position = -FLOAT * (llm.width + 1)
     copies = 0
     if setting.checkpointing:
-        position += decoder_layer(llm, setting, shape.columns)
+        layer += decoder_layer(llm, setting, rows)
         position += lora(architecture, setting) // llm.layers
         position -= FLOAT * llm.width if setting.frozen == FLOAT else 0
         copies = llm.layer_parameters * setting.compute if setting.recasts else 0
-    return shape.positions * position + copies
+    return rows.positions * position + layer + copies
 
 
-def product_inputs(architecture: Architecture, setting: Setting, shape: Shape) -> int:
+def product_inputs(architecture: Architecture, setting: Setting, rows: Rows) -> int:
     """The inputs of one frozen layer's matrix products that nothing else keeps: of attention, of
     the feed-forward block, and of its last matrix."""
     llm = architecture.llm
-    return shape.positions * (2 * llm.width + llm.feed_forward) * setting.compute
+    return rows.positions * (2 * llm.width + llm.feed_forward) * setting.compute
 
 
-def logits(llm: Transformer, setting: Setting, shape: Shape, limit: int | None) -> int:
-    """Highest moment of the cross entropy. In chunks of at most `limit` bytes of fp32 logits: they
-    and their copy in a narrower compute type. Without a limit, of all positions at once:
-    log-probabilities and two gradients, fp32 [S, V]."""
+def logits(llm: Transformer, setting: Setting, positions: int, limit: int | None) -> int:
+    """Highest moment of the cross entropy of so many positions. In chunks of at most `limit` bytes
+    of fp32 logits: they and their copy in a narrower compute type. Without a limit, of all at once:
+    log-probabilities and two gradients, fp32 [positions, V]."""
+    whole = FLOAT * positions * llm.vocabulary
     if limit is None:
-        return 3 * FLOAT * shape.positions * llm.vocabulary
-    whole = FLOAT * shape.labels * llm.vocabulary
+        return 3 * whole
     copy = 0 if setting.compute == FLOAT else setting.compute
     return min(whole, max(limit, FLOAT * llm.vocabulary)) * (FLOAT + copy) // FLOAT
 
@@ -252,7 +278,9 @@ def _dropout(probability: float, setting: Setting) -> int:
     return setting.compute if setting.on_cpu else 1
 
 
-def connector_backward(architecture: Architecture, setting: Setting, shape: Shape) -> int:
+def connector_backward(
+    architecture: Architecture, setting: Setting, shape: Shape, rows: Rows
+) -> int:
     """The gradients of the tokens and of the widest block, beside what is kept. Where the stacked
     frames come out of something that trains, their gradient too."""
     cfg, c = architecture.connector, setting.compute
@@ -260,5 +288,5 @@ def connector_backward(architecture: Architecture, setting: Setting, shape: Shap
     block = 2 * getattr(cfg, "intermediate_size", getattr(cfg, "hidden_size", 0))
     if cfg.kind == "mlp" or architecture.whisper is None or architecture.unfrozen_layers:
         block = max(block, cfg.downsampling_factor * architecture.frame_width)
-    stream = shape.positions * architecture.llm.width * setting.frozen
+    stream = rows.positions * architecture.llm.width * setting.frozen
     return stream + tokens * block * c

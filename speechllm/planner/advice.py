@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
 from speechllm.model.build import bf16_is_fast
+from speechllm.model.prefix import why_not_cached
 from speechllm.model.pretrained import usual_attention
 from speechllm.planner.activations import Setting
 from speechllm.planner.architecture import Architecture
 from speechllm.planner.memory import STRATEGIES, Job, estimate_memory
 from speechllm.planner.traffic import estimate_traffic
-from speechllm.planner.workload import Utterance, microbatch
+from speechllm.planner.workload import Utterance, is_plain, microbatch, row_of
 from speechllm.strategy.zero_config import ZERO, ZeRO, read_zero_config
 
 GIB = 2**30
@@ -25,6 +27,7 @@ USABLE = 0.9  # the rest goes to fragmentation of the allocator
 CONTEXT = GIB  # CUDA's context, kernels, NCCL's and cuBLAS's buffers
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 LARGEST_BUDGET = 1 << 24
+LARGEST_PLAIN = 1 << 14
 NEARLY = 0.9  # budgets that differ by less are as good as each other
 
 # As in ds_configs/.
@@ -76,7 +79,9 @@ class Plan:
     """recommended: of the strategies that fit, the one that moves least; where none does, one
     whose largest budget is about the highest, without offloading if possible; None where not even
     one utterance fits.
-    max_batch_tokens: the largest `data.microbatch_tokens` that fits under it."""
+    max_batch_tokens: the largest `data.microbatch_tokens` that fits under it.
+    plain_utterances, max_plain_utterances: of a microbatch under `preset: plain`, which decide
+    there; else None. max_batch_tokens is then what these come to at most."""
 
     machine: Machine
     job: Job
@@ -84,6 +89,8 @@ class Plan:
     strategies: dict[str, StrategyPlan]
     recommended: str | None
     max_batch_tokens: int
+    plain_utterances: int | None = None
+    max_plain_utterances: int | None = None
 
 
 def machine_here(config: Config, gpus: int | None, nodes: int, gpu_memory: str | None) -> Machine:
@@ -128,17 +135,20 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
         precision = "bf16" if bf16_is_fast(device) else "fp32"
     compute = 4 if precision == "fp32" else 2
     frozen = 4 if precision == "fp32" or config.model.frozen_dtype == "fp32" else 2
-    attention = config.model.llm.attention
-    if attention == "auto":
-        attention = usual_attention(device, torch.bfloat16 if frozen == 2 else torch.float32)
     settings = _zero_settings(config)
     own = {config_name(config): settings} if settings is not None else {}
+    shortcuts, plain = config.performance, is_plain(config)
+    reason = why_not_cached(
+        shortcuts,
+        llm_trains=architecture.lora_parameters > 0,
+        longest_row=architecture.longest_row,
+    )
     return Job(
         architecture=architecture,
         setting=Setting(
             compute=compute,
             frozen=frozen,
-            attention="sdpa" if attention == "flash_attention_2" else attention,
+            attention=_attention(config, device, frozen),
             on_cpu=machine.on_cpu,
             checkpointing=config.train.activation_checkpointing is True,
             recasts=compute != frozen or precision == "fp16",
@@ -148,12 +158,29 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
         zero=SHIPPED | own,
         reshard=config.strategy.kind != "fsdp2" or config.strategy.reshard_after_forward,
         ctc=config.train.ctc_steps > 0,
+        cached=reason is None,
+        packing=shortcuts.packing == "on" and not plain,
+        label_logits=shortcuts.label_logits and not plain,
         logits_limit=(
-            config.performance.logits_megabytes << 20
-            if config.performance.label_logits and config.performance.preset == "full"
+            shortcuts.logits_megabytes << 20
+            if shortcuts.label_logits and architecture.plain_head and not plain
             else None
         ),
     )
+
+
+def _attention(
+    config: Config, device: torch.device, frozen: int
+) -> Literal["eager", "sdpa", "grouped", "flash"]:
+    """As it is where nothing is measured."""
+    chosen = config.model.llm.attention
+    if chosen == "flash_attention_2":
+        return "flash"
+    if chosen != "auto":
+        return chosen
+    if is_plain(config):
+        return "sdpa"
+    return usual_attention(device, torch.bfloat16 if frozen == 2 else torch.float32)
 
 
 def _zero_settings(config: Config) -> ZeRO | None:
@@ -185,13 +212,13 @@ def make_plan(
             size <= machine.usable, size, estimate_traffic(job, name), parts
         )
     fitting = [name for name in STRATEGIES if strategies[name].fits]
+    find_largest = largest_plain if is_plain(config) else largest_budget
     if fitting:
         chosen = min(fitting, key=lambda name: strategies[name].bytes_on_wire_per_step)
-        largest = largest_budget(config, job, utterances, machine.usable, chosen)
+        largest = find_largest(config, job, utterances, machine.usable, chosen)
     else:
         budgets = {
-            name: largest_budget(config, job, utterances, machine.usable, name)
-            for name in STRATEGIES
+            name: find_largest(config, job, utterances, machine.usable, name) for name in STRATEGIES
         }
         # Offloading moves weights over PCIe for every microbatch: only where nothing else goes.
         others = {name: budget for name, budget in budgets.items() if "offload" not in name}
@@ -199,7 +226,16 @@ def make_plan(
         near = {name: b for name, b in near.items() if b >= NEARLY * max(near.values())}
         chosen = min(near, key=lambda name: strategies[name].bytes_on_wire_per_step)
         largest = budgets[chosen]
-    return Plan(machine, job, budget, strategies, chosen if largest else None, largest)
+    plan = Plan(machine, job, budget, strategies, chosen if largest else None, largest)
+    if not is_plain(config):
+        return plan
+    longest = max(row_of(config, utterance).columns for utterance in utterances)
+    return replace(
+        plan,
+        max_batch_tokens=largest * longest,
+        plain_utterances=config.performance.plain_utterances,
+        max_plain_utterances=largest,
+    )
 
 
 def worst_parts(
@@ -213,9 +249,7 @@ def worst_parts(
     fitting = [shape for shape in shapes if shape is not None]
     if not fitting:
         shortest = min(utterances, key=lambda utterance: utterance.samples)
-        shape = microbatch(config, shortest, LARGEST_BUDGET)
-        assert shape is not None
-        fitting = [shape.one_row()]
+        fitting = [row_of(config, shortest)]
     estimates = [estimate_memory(job, shape, strategy) for shape in fitting]
     return max(estimates, key=lambda parts: sum(parts.values()))
 
@@ -231,12 +265,33 @@ def largest_budget(
             return True  # too small for any; see below
         return sum(worst_parts(config, job, utterances, tokens, strategy).values()) <= usable
 
-    low, high = 0, LARGEST_BUDGET // 64
+    largest = 64 * _largest(LARGEST_BUDGET // 64, lambda count: fits(64 * count))
+    trains = any(microbatch(config, utterance, largest) for utterance in utterances)
+    return largest if trains else 0
+
+
+def largest_plain(
+    config: Config, job: Job, utterances: Sequence[Utterance], usable: int, strategy: str
+) -> int:
+    """As `largest_budget`, of `performance.plain_utterances`."""
+
+    def fits(count: int) -> bool:
+        changed = config.performance.model_copy(update={"plain_utterances": count})
+        tried = config.model_copy(update={"performance": changed})
+        parts = worst_parts(tried, job, utterances, config.data.microbatch_tokens, strategy)
+        return sum(parts.values()) <= usable
+
+    return _largest(LARGEST_PLAIN, fits)
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest number from 1 to `most` that fits, where all above one that does not fit do not
+    either; 0 where none does."""
+    low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
-        if fits(64 * middle):
+        if fits(middle):
             low = middle
         else:
             high = middle - 1
-    trains = any(microbatch(config, utterance, 64 * low) for utterance in utterances)
-    return 64 * low if trains else 0
+    return low

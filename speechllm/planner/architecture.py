@@ -19,7 +19,9 @@ from speechllm.config import model as schema
 from speechllm.errors import ModelError
 from speechllm.model.connector import build_connector
 from speechllm.model.encoder import FilterbankFrames
+from speechllm.model.head import plain_head
 from speechllm.model.hub import RANDOM, resolve
+from speechllm.model.prefix import longest_row
 from speechllm.planner.published import PUBLISHED, published
 
 
@@ -58,6 +60,8 @@ class Architecture:
     lora_inputs: int  # widths of the different inputs of adapted matrices, summed over the LLM
     lora_matrices: int
     unfrozen_layers: int  # of the Whisper, the last ones
+    longest_row: int | None = None  # see `speechllm.model.prefix.longest_row`
+    plain_head: bool = True  # see `speechllm.model.head.plain_head`
 
     @property
     def unfrozen_parameters(self) -> int:
@@ -92,7 +96,7 @@ def read_architecture(model: schema.Model) -> Architecture:
     if model.encoder.kind == "whisper":
         about_whisper = _model_config(model.encoder.id, model.encoder.revision)
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(about_llm)
+        llm = AutoModelForCausalLM.from_config(about_llm).requires_grad_(False)
         match model.encoder.kind:
             case "whisper":
                 whisper = _whisper(about_whisper)
@@ -115,6 +119,8 @@ def read_architecture(model: schema.Model) -> Architecture:
         lora_inputs=sum({a.source: a.inputs for a in adapted}.values()),
         lora_matrices=len(adapted),
         unfrozen_layers=min(model.unfreeze_encoder_layers, whisper.layers if whisper else 0),
+        longest_row=longest_row(llm),
+        plain_head=plain_head(llm) is not None,
     )
 
 

@@ -2,17 +2,17 @@
 
 W ranks, P parameters that train (fp32), F bytes of frozen weights. What each strategy divides
 follows ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) and FSDP (Zhao et al. 2023,
-arXiv:2304.11277). ZeRO and FSDP2 have never been measured on GPUs here. Rows are taken to be whole:
-a prefix whose keys and values are computed once (`performance.prefix_cache`) makes it less.
+arXiv:2304.11277). ZeRO and FSDP2 have never been measured on GPUs here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from speechllm.model.prefix import masks_hold
 from speechllm.planner import activations as kept
-from speechllm.planner.activations import FLOAT, Setting, Shape
+from speechllm.planner.activations import FLOAT, Rows, Setting, Shape
 from speechllm.planner.architecture import Architecture
 from speechllm.planner.workload import audio_bytes
 from speechllm.strategy.zero_config import ZeRO
@@ -20,7 +20,7 @@ from speechllm.strategy.zero_config import ZeRO
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp2", "zero3", "zero3_offload")  # the simplest first
 PARTS = (
     "frozen_llm", "frozen_encoder", "ctc_head", "trainable", "gradients", "optimizer",
-    "activations", "logits", "gathered", "buckets", "batch",
+    "prefix", "activations", "logits", "gathered", "buckets", "batch",
 )  # fmt: skip
 
 
@@ -30,8 +30,9 @@ class Job:
 
     microbatches: of one rank in a step. zero: the ZeRO settings of each strategy of that kind.
     reshard: whether fsdp2 frees gathered weights after a layer's forward. ctc: the head of that
-    objective is held. logits_limit: bytes of fp32 logits at a time; None where all positions have
-    theirs at once.
+    objective is held. cached: keys and values of the prefix are computed once a run. packing: all
+    utterances are in one row. label_logits: positions without a label have no logits.
+    logits_limit: bytes of fp32 logits at a time; None where all are there at once.
     """
 
     architecture: Architecture
@@ -41,7 +42,21 @@ class Job:
     zero: Mapping[str, ZeRO]
     reshard: bool
     ctc: bool
+    cached: bool
+    packing: bool
+    label_logits: bool
     logits_limit: int | None
+
+    def rows(self, shape: Shape) -> Rows:
+        """What `speechllm.model.shortcuts.Shortcuts.lay_out` makes of that microbatch."""
+        left_out = shape.prefix if self.cached else 0
+        whole = Rows(shape.positions, shape.columns, shape.positions)
+        if not masks_hold(shape.columns, self.architecture.longest_row):
+            return whole
+        positions = shape.positions - shape.rows * left_out
+        if self.packing and self.setting.attention != "flash":
+            return Rows(positions, left_out + positions, left_out + positions)
+        return replace(whole, positions=positions)
 
 
 @dataclass(frozen=True)
@@ -70,24 +85,25 @@ def estimate_memory(job: Job, shape: Shape, strategy: str) -> dict[str, int]:
 def moments(job: Job, shape: Shape) -> list[Moment]:
     """The encoder's forward; the start of the LLM's backward; the end of it, where the connector's
     gradients are made."""
-    about, setting = job.architecture, job.setting
+    about, setting, rows = job.architecture, job.setting, job.rows(shape)
     below = kept.connector(about, setting, shape)
     if about.whisper is not None:
         frame = kept.encoder_layer(about.whisper, setting)
         if setting.checkpointing:
             frame = about.whisper.width * setting.compute
         below += about.unfrozen_layers * frame * shape.rows * shape.frames
-    logits = kept.logits(about.llm, setting, shape, job.logits_limit)
-    above = kept.decoder(about, setting, shape)
+    scored = shape.labels if job.label_logits else rows.positions
+    logits = kept.logits(about.llm, setting, scored, job.logits_limit)
+    above = kept.decoder(about, setting, rows)
     # The cross entropy's working space is released before the first layer's is needed.
-    layer = kept.decoder_backward(about, setting, shape)
-    inputs = kept.product_inputs(about, setting, shape)
+    layer = kept.decoder_backward(about, setting, rows)
+    inputs = kept.product_inputs(about, setting, rows)
     all_inputs = 0 if setting.checkpointing else about.llm.layers * inputs
     return [
         Moment(kept.encoder_forward(about, setting, shape)),
         Moment(below + above, logits, product_inputs=all_inputs),
         Moment(below + above + layer, product_inputs=all_inputs or inputs),
-        Moment(below + kept.connector_backward(about, setting, shape), backward=True),
+        Moment(below + kept.connector_backward(about, setting, shape, rows), backward=True),
     ]
 
 
@@ -101,6 +117,7 @@ def _parts(job: Job, shape: Shape, strategy: str, moment: Moment) -> dict[str, i
     parts["frozen_llm"] = size * about.llm.parameters
     parts["frozen_encoder"] = size * about.frozen_encoder_parameters
     parts["ctc_head"] = size * about.llm.embedding_parameters if job.ctc else 0
+    parts["prefix"] = kept.prefix(about.llm, job.setting, shape) if job.cached else 0
     parts["activations"], parts["logits"] = moment.activations, moment.logits
     parts["batch"] = audio_bytes(shape)
     match strategy:

@@ -17,14 +17,13 @@ from speechllm.planner.advice import GIB, Machine, config_name, job_of
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.measure import peak_growth
 from speechllm.planner.memory import estimate_memory
-from speechllm.planner.workload import shape_of
+from speechllm.planner.workload import is_plain, shape_of
 from speechllm.run import Run
 from speechllm.types import SAMPLE_RATE, Batch
 
 REMEDY = (
-    "lower data.microbatch_tokens (and raise data.microbatches_per_step by as much), set "
-    "train.activation_checkpointing=true, or take a strategy that shards; `speechllm plan` says "
-    "what fits"
+    "(and raise data.microbatches_per_step by as much), set train.activation_checkpointing=true, "
+    "or take a strategy that shards; `speechllm plan` says what fits"
 )
 
 
@@ -62,7 +61,7 @@ def probe(run: Run) -> ProbeResult:
     plan = run.plan_of(0).flat()
     utterances = plan.microbatch(costliest(plan, run.train.corpus.durations))
     batch = run.loader.read(0, utterances).batch
-    shape = shape_of(batch)
+    shape = shape_of(run.config, batch, run.model.shortcuts.prefix.length(batch.opening))
     seconds = int(batch.audio_lengths_A.max()) / SAMPLE_RATE
     parts = _predicted(run, shape)
     standing = _standing(run, parts)
@@ -71,13 +70,13 @@ def probe(run: Run) -> ProbeResult:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"probe: memory ran out in a microbatch of {shape.rows} x {shape.columns} positions "
-            f"with audio of {seconds:.1f} s, the costliest of the epoch; {REMEDY} ({error})"
+            f"with audio of {seconds:.1f} s, the costliest of the epoch; {_remedy(run)} ({error})"
         ) from error
     mine = [standing + growth, sum(parts.values()), _available(run, standing)]
     highest = max(run.world.gather(mine), key=lambda sizes: sizes[0] / sizes[2])
     result = ProbeResult(shape, seconds, *highest)
     if result.peak > result.available:
-        raise UserError(f"{result.text}; {REMEDY}")
+        raise UserError(f"{result.text}; {_remedy(run)}")
     logger.info("%s", result.text)
     return result
 
@@ -91,20 +90,32 @@ def costliest(plan: FlatPlan, durations: np.ndarray) -> int:
     return int(np.lexsort((longest, plan.positions))[-1])
 
 
+def _remedy(run: Run) -> str:
+    plain = is_plain(run.config)
+    return f"lower {'performance.plain_utterances' if plain else 'data.microbatch_tokens'} {REMEDY}"
+
+
 def _step(run: Run, batch: Batch) -> None:
-    """As `run_step`, twice where gradients of an earlier microbatch will stand beside it."""
+    """As `run_step`, of two microbatches where gradients of an earlier one will stand beside the
+    next, else two steps of one: DeepSpeed's stage 3 keeps gathered weights from the second
+    microbatch that runs as the one before. That the first computes the prefix would undo it; FSDP2
+    has the embeddings only within."""
     strategy, world = run.strategy, run.world
+    if run.config.strategy.kind == "deepspeed":
+        run.model.compute_prefix()
     # With fp16 a gradient that is not finite lowers the loss scale, which is put back.
     state = strategy.full_state() if run.config.precision == "fp16" else None
     rounds = min(2, -(-run.config.data.microbatches_per_step // world.size))
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        for number in range(rounds):
-            with strategy.microbatch(last=number == rounds - 1):
+        for number in range(2):
+            last = number % rounds == rounds - 1
+            with strategy.microbatch(last=last):
                 sums = strategy.model(batch.to(world.device), "lm")
                 strategy.backward(sums.loss * math.nan)
-        norm = strategy.step(0.0)
-    assert not math.isfinite(norm), "the probe would have trained"
+            if last:
+                norm = strategy.step(0.0)
+                assert not math.isfinite(norm), "the probe would have trained"
     if run.config.precision == "fp16":
         strategy.load_full_state(state)
 

@@ -12,11 +12,12 @@ import numpy as np
 
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
+from speechllm.planner.activations import Shape
 from speechllm.planner.advice import Machine, config_name, job_of, parse_size, worst_parts
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.command import training_here, utterances_of
 from speechllm.planner.links import DEFAULT, parse_link
-from speechllm.planner.memory import STRATEGIES
+from speechllm.planner.memory import STRATEGIES, Job
 from speechllm.planner.messages import step_messages
 from speechllm.planner.options import write_json
 from speechllm.planner.scaling import (
@@ -29,8 +30,8 @@ from speechllm.planner.scaling import (
 )
 from speechllm.planner.scaling_report import Row, Scaling, as_json, as_text
 from speechllm.planner.step_time import Measured, given_step, read_measured
-from speechllm.planner.workload import Utterance, microbatch
-from speechllm.prepare import Split
+from speechllm.planner.workload import Utterance, microbatch, planned_positions
+from speechllm.prepare import Split, TextSide
 from speechllm.training_data import epoch_plans
 
 SAMPLED_STEPS = 8  # of an epoch, by which the balance of ranks is judged
@@ -55,11 +56,11 @@ def scale_command(config: Config, options: argparse.Namespace) -> str:
     machine = Machine(1, parse_size(options.gpu_memory) if options.gpu_memory else 0, on_cpu)
     job = job_of(config, read_architecture(config.model), machine)
     utterances, source = utterances_of(config)
-    split, _ = training_here(config)
+    split, text = training_here(config)
     compute = measured.compute
     if not compute.utterances:
         compute = replace(compute, utterances=mean_rows(config, utterances, split))
-    costs = cost_sampler(config, split)
+    costs = cost_sampler(config, job, split, text)
     one = predict_step(compute, layout_of(1, own, costs(own)), (), network, per_node, overlap)
 
     def row(strategy: str, ranks: int, microbatches: int) -> Row:
@@ -95,11 +96,11 @@ def scale_command(config: Config, options: argparse.Namespace) -> str:
         strong={name: [row(name, w, own) for w in worlds] for name in PREDICTED},
         weak={name: [row(name, w, own * w) for w in worlds] for name in PREDICTED},
     )
-    text = json.dumps(as_json(scaling), indent=1)
+    found = json.dumps(as_json(scaling), indent=1)
     if options.json == "-":
-        return text
+        return found
     if options.json is not None:
-        write_json(options.json, text)
+        write_json(options.json, found)
     return as_text(scaling)
 
 
@@ -116,13 +117,15 @@ def _measured(options: argparse.Namespace, config: Config) -> Measured:
     )
 
 
-def cost_sampler(config: Config, split: Split | None) -> Callable[[int], np.ndarray | None]:
-    """From a number of microbatches a step M to the LLM positions of those of some whole steps of
-    epoch 0, [K, M]; None where the data are not here, or do not fill one step."""
+def cost_sampler(
+    config: Config, job: Job, split: Split | None, text: TextSide | None
+) -> Callable[[int], np.ndarray | None]:
+    """From a number of microbatches a step M to the positions that the LLM runs on in those of some
+    whole steps of epoch 0, [K, M]; None where the data are not here, or do not fill one step."""
 
     @cache
     def costs(microbatches: int) -> np.ndarray | None:
-        if split is None:
+        if split is None or text is None:
             return None
         data = config.data.model_copy(update={"microbatches_per_step": microbatches})
         plan = epoch_plans(config.model_copy(update={"data": data}), split)(0)
@@ -130,10 +133,25 @@ def cost_sampler(config: Config, split: Split | None) -> Callable[[int], np.ndar
         if not whole:
             return None
         chosen = np.unique(np.linspace(0, whole - 1, min(SAMPLED_STEPS, whole)).astype(int))
-        rows = [[len(m) * int(split.costs[m].max()) for m in plan.step(k)] for k in chosen.tolist()]
-        return np.array(rows, dtype=np.float64)
+        planned = [m for k in chosen.tolist() for m in plan.step(k)]
+        found = run_positions(config, job, split, text, planned)
+        return found.reshape(len(chosen), microbatches)
 
     return costs
+
+
+def run_positions(
+    config: Config, job: Job, split: Split, text: TextSide, microbatches: Sequence[np.ndarray]
+) -> np.ndarray:
+    """float64 [n]: of each of these microbatches (numbers of utterances), padding included."""
+    rows_n = np.array([len(numbers) for numbers in microbatches])
+    positions = planned_positions(config, split, text, np.concatenate(microbatches))
+    longest_n = np.maximum.reduceat(positions, np.cumsum(rows_n) - rows_n)
+    shapes = (
+        Shape(rows, columns, tokens=0, frames=0, labels=0, prefix=len(text.prefix))
+        for rows, columns in zip(rows_n.tolist(), longest_n.tolist(), strict=True)
+    )
+    return np.array([job.rows(shape).positions for shape in shapes], dtype=np.float64)
 
 
 def mean_rows(config: Config, utterances: Sequence[Utterance], split: Split | None) -> float:

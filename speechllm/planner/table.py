@@ -13,7 +13,7 @@ from speechllm.planner.activations import Setting
 from speechllm.planner.advice import CONTEXT, GIB, USABLE, Plan
 
 COLUMNS = {  # heading -> parts
-    "frozen": ("frozen_llm", "frozen_encoder", "ctc_head"),
+    "frozen": ("frozen_llm", "frozen_encoder", "ctc_head", "prefix"),
     "trained": ("trainable",),
     "gradients": ("gradients", "buckets"),
     "optimizer": ("optimizer",),
@@ -25,7 +25,11 @@ WIDTH = 112
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Sizes in bytes; `recommended` is None and `max_batch_tokens` 0 where nothing fits."""
+    """Sizes in bytes; `recommended` is None and `max_batch_tokens` 0 where nothing fits.
+    `max_plain_utterances` is there under `preset: plain`."""
+    plain = {}
+    if plan.max_plain_utterances is not None:
+        plain = {"max_plain_utterances": plan.max_plain_utterances}
     return {
         "strategies": {
             name: {
@@ -38,6 +42,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         },
         "recommended": plan.recommended,
         "max_batch_tokens": plan.max_batch_tokens,
+        **plain,
     }
 
 
@@ -46,7 +51,7 @@ def as_text(plan: Plan, *, source: str) -> str:
     out = StringIO()
     console = Console(file=out, width=WIDTH, highlight=False, markup=False)
     console.print(_headline(plan))
-    console.print(f"microbatches of {plan.budget} positions, {source}")
+    console.print(f"microbatches of {_size(plan)}, {source}")
     console.print(_table(plan), markup=True)
     console.print(_advice(plan))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
@@ -72,6 +77,13 @@ def _headline(plan: Plan) -> str:
         f"{plan.machine.ranks} rank(s) of {plan.machine.memory / GIB:.1f} GiB ({where}), "
         f"{plan.job.microbatches} microbatch(es) a step each"
     )
+
+
+def _size(plan: Plan) -> str:
+    if plan.plain_utterances is not None:
+        return f"{plan.plain_utterances} utterances, padded to 30 s"
+    prefix = ", a prefix of the prompt computed once" if plan.job.cached else ""
+    return f"{plan.budget} positions{prefix}"
 
 
 def _numbers(setting: Setting) -> str:
@@ -111,20 +123,24 @@ def _advice(plan: Plan) -> str:
             f"{room}\nnothing fits, not even the shortest utterance alone: take more or larger "
             "GPUs, a smaller LLM, or train.activation_checkpointing=true"
         )
-    smaller = ""
+    smaller, key, size = "", "data.microbatch_tokens", plan.budget
+    most: int | None = plan.max_batch_tokens
+    if plan.plain_utterances is not None:
+        key, size = "performance.plain_utterances", plan.plain_utterances
+        most = plan.max_plain_utterances
     if not plan.strategies[plan.recommended].fits:
         smaller = (
-            f"data.microbatch_tokens={plan.budget} fits under no strategy; lower it, or set "
+            f"{key}={size} fits under no strategy; lower it, or set "
             "train.activation_checkpointing=true\n"
         )
     elif "offload" in plan.recommended:
         smaller = (
             "offloading fetches weights over PCIe for each microbatch, which is slow: first try a "
-            "lower data.microbatch_tokens, or train.activation_checkpointing=true\n"
+            f"lower {key}, or train.activation_checkpointing=true\n"
         )
     return (
         f"{room}\n{smaller}recommended: {plan.recommended} ({how_to_take(plan.recommended)}), "
-        f"with data.microbatch_tokens up to {plan.max_batch_tokens}"
+        f"with {key} up to {most}"
     )
 
 

@@ -106,7 +106,8 @@ def test_the_linear_function_of_zero3_keeps_what_autograd_does_not() -> None:
     about = architecture(config.model).llm
     shape = microbatch(config, assumed(config)[-1], config.data.microbatch_tokens)
     assert shape is not None
-    inputs = about.layers * shape.positions * (2 * about.width + about.feed_forward) * 2
+    run = shape.rows * (shape.columns - shape.prefix)
+    inputs = about.layers * run * (2 * about.width + about.feed_forward) * 2
     assert own["activations"] - torchs["activations"] == inputs > 4 * GIB
     assert torchs["gathered"] > 2 * about.parameters > own["gathered"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,18 +15,21 @@ from speechllm.config.load import load_config
 from speechllm.config.schema import Config
 from speechllm.model.build import build_model
 from speechllm.model.hub import fetched_models
+from speechllm.model.speech_llm import SpeechLLM
 from speechllm.model.tiny import build_tiny_llm, build_tiny_whisper
 from speechllm.planner.advice import Machine, job_of
 from speechllm.planner.architecture import read_architecture
-from speechllm.planner.measure import peak_growth, standing_bytes
+from speechllm.planner.measure import peak_growth, standing_bytes, storage_bytes
 from speechllm.planner.memory import estimate_memory
 from speechllm.planner.workload import shape_of
+from speechllm.settle import settle
 from speechllm.strategy.ddp import DDPStrategy
 from speechllm.types import Batch
 from speechllm.world import World
 
 TOLERANCE = 0.15
 CPU = torch.device("cpu")
+PREFIX = tuple(range(5, 45))  # of the prompt, which by default no row repeats
 
 
 def batch_for(config: Config, *, rows: int, seconds: float, text: int) -> Batch:
@@ -34,45 +38,61 @@ def batch_for(config: Config, *, rows: int, seconds: float, text: int) -> Batch:
         asr(
             noise(int(16_000 * seconds) - (160 if row else 0), seed=row),
             [7] * (text - 2 * (row > 0)),
+            prefix=PREFIX,
         )
         for row in range(rows)
     ]
     return batch_of(config.model, examples)
 
 
-def predicted_and_measured(
-    config: Config, *, rows: int = 8, seconds: float = 1.0, text: int = 100, microbatches: int = 1
-) -> tuple[float, float]:
-    """Bytes of a step of one process; the optimizer has its moments already."""
-    model = build_model(
+def built(config: Config) -> SpeechLLM:
+    return build_model(
         config.model,
         precision=config.precision,
         device=CPU,
         seed=1,
+        performance=config.performance,
+        prefix=PREFIX,
         ctc=config.train.ctc_steps > 0,
         activation_checkpointing=config.train.activation_checkpointing is True,
     )
-    strategy = DDPStrategy(model, config, World(0, 1, 0, CPU))
-    batch = batch_for(config, rows=rows, seconds=seconds, text=text)
 
-    def step(count: int) -> None:
+
+def predicted_and_measured(
+    config: Config,
+    model: SpeechLLM,
+    *,
+    rows: int = 8,
+    seconds: float = 1.0,
+    text: int = 100,
+    microbatches: int = 1,
+) -> tuple[float, float]:
+    """Bytes of a step of one process; the optimizer has its moments already."""
+    strategy = DDPStrategy(model, config, World(0, 1, 0, CPU))
+
+    def step(batch: Batch, count: int) -> None:
         for _ in range(count):
             strategy.backward(strategy.model(batch, "lm").loss * 1e-3)
         strategy.step(1e-4)
 
-    step(1)
+    step(batch_for(config, rows=1, seconds=0.1, text=4), 1)
+    batch = batch_for(config, rows=rows, seconds=seconds, text=text)
+    prefix = model.shortcuts.prefix
     standing = standing_bytes(model, strategy.optimizer)
-    growth = peak_growth(lambda: step(microbatches), CPU)
+    if len(prefix):
+        standing += storage_bytes(x for pair in prefix.keys_values(len(prefix)) for x in pair)
+    growth = peak_growth(lambda: step(batch, microbatches), CPU)
     config = config.model_copy(
         update={"data": config.data.model_copy(update={"microbatches_per_step": microbatches})}
     )
     job = job_of(config, read_architecture(config.model), Machine(1, 0, on_cpu=True))
-    parts = estimate_memory(job, shape_of(batch), "ddp")
+    shape = shape_of(config, batch, prefix.length(batch.opening))
+    parts = estimate_memory(job, shape, "ddp")
     return sum(parts.values()), standing + growth + parts["batch"]
 
 
-def check(config: Config, **microbatch: float) -> None:
-    predicted, measured = predicted_and_measured(config, **microbatch)  # type: ignore[arg-type]
+def check(config: Config, model: SpeechLLM | None = None, **microbatch: Any) -> None:
+    predicted, measured = predicted_and_measured(config, model or built(config), **microbatch)
     assert predicted == pytest.approx(measured, rel=TOLERANCE)
 
 
@@ -80,6 +100,9 @@ def check(config: Config, **microbatch: float) -> None:
     "overrides",
     [
         ["model.llm.id=random:llama"],
+        ["performance.prefix_cache=off"],
+        ["performance.packing=on"],
+        ["performance.logits_megabytes=1"],
         ["model.llm.id=random:olmo2"],
         ["model.llm.attention=eager"],
         ["model.llm.attention=grouped"],
@@ -105,6 +128,13 @@ def test_tiny_models(overrides: list[str]) -> None:
 )
 def test_tiny_models_in_bf16(overrides: list[str]) -> None:
     check(load_config(TINY, ["precision=bf16", *overrides]), rows=4, text=60)
+
+
+def test_plain() -> None:
+    """Audio as long as 30 s up to the LLM, logits of all positions, the prompt in every row."""
+    overrides = ["performance.preset=plain", "performance.plain_utterances=2"]
+    config = settle(load_config(TINY, overrides), CPU)
+    check(config, rows=2)
 
 
 def test_earlier_microbatches_leave_their_gradients() -> None:
@@ -137,13 +167,18 @@ def test_larger_models(tmp_path: Path, checkpointing: str) -> None:
 
 
 @pytest.mark.models
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_pretrained_models(checkpointing: str) -> None:
+def test_pretrained_models() -> None:
     if not (fetched_models() / "whisper-tiny.en").is_dir():
         pytest.skip("tools/fetch_models.py has not been run")
-    overrides = ["precision=fp32", f"train.activation_checkpointing={checkpointing}"]
+    overrides = ["precision=fp32", "train.activation_checkpointing=true"]
     config = load_config(ROOT / "configs" / "demo.yaml", overrides)
-    check(config, rows=2, seconds=3.0, text=20)
+    model = built(config)
+    check(config, model, rows=2, seconds=3.0, text=20)
+    for layer in model.checkpointed:
+        layer.gradient_checkpointing = False
+    overrides[-1] = "train.activation_checkpointing=false"
+    config = load_config(ROOT / "configs" / "demo.yaml", overrides)
+    check(config, model, rows=2, seconds=3.0, text=20)
 
 
 def test_what_is_measured_is_what_is_allocated() -> None:
