@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from speechllm.data.prefix import common_prefix, opening
-from speechllm.data.sending import zeros_to_send
+from speechllm.data.sending import BatchMemory
 from speechllm.types import (
     IGNORE,
     AudioSegment,
@@ -31,6 +31,7 @@ def collate(
     *,
     pad_id: int,
     pad_left: bool = False,
+    memory: BatchMemory | None = None,
 ) -> Batch:
     """Pad examples, whatever segments they are made of, to one batch.
 
@@ -42,13 +43,17 @@ def collate(
         audio_tokens: LLM positions that a number of samples takes.
         pad_id: any valid token id; fills padding and the places of audio.
         pad_left: padding goes before the examples, as generation needs it.
+        memory: where audio and frames go.
     """
+    memory = BatchMemory() if memory is None else memory
     segments = [s for e in examples for s in e.segments if isinstance(s, AudioSegment)]
     lengths = [segment.num_samples for segment in segments]
-    frames = _padded_frames([segment.encoded for segment in segments])
-    audio_AN = zeros_to_send((len(segments), 0 if frames else max(lengths, default=0)), torch.int16)
+    frames = _padded_frames([segment.encoded for segment in segments], memory)
+    audio_shape = (len(segments), 0 if frames else max(lengths, default=0))
+    audio_AN = memory.empty(audio_shape, torch.int16)
     for row_N, segment in zip(audio_AN.numpy(), segments, strict=True):
         row_N[: len(segment.samples)] = segment.samples
+        row_N[len(segment.samples) :] = 0
 
     counts = [[_positions(s, audio_tokens) for s in example.segments] for example in examples]
     shape = (len(examples), max(sum(of_row) for of_row in counts))
@@ -95,7 +100,7 @@ def collate(
     )
 
 
-def _padded_frames(encoded: Sequence[EncodedAudio | None]) -> Frames | None:
+def _padded_frames(encoded: Sequence[EncodedAudio | None], memory: BatchMemory) -> Frames | None:
     """None where samples are there instead, which goes for all segments of a batch or for none."""
     given = [one for one in encoded if one is not None]
     assert len(given) in (0, len(encoded)), "audio of a batch is encoded as a whole or not at all"
@@ -103,10 +108,11 @@ def _padded_frames(encoded: Sequence[EncodedAudio | None]) -> Frames | None:
         return None
     scales = [one.scales_D for one in given if one.scales_D is not None]
     shape = (len(given), max(len(one.values_TD) for one in given), given[0].values_TD.shape[1])
-    values_ATD = zeros_to_send(shape, torch.int8 if scales else torch.bfloat16)
+    values_ATD = memory.empty(shape, torch.int8 if scales else torch.bfloat16)
     bits_ATD = values_ATD.numpy() if scales else values_ATD.view(torch.int16).numpy()
     for row_TD, one in zip(bits_ATD, given, strict=True):
         row_TD[: len(one.values_TD)] = one.values_TD
+        row_TD[len(one.values_TD) :] = 0
     return Frames(values_ATD, torch.from_numpy(np.stack(scales)) if scales else None)
 
 

@@ -6,14 +6,9 @@ as long as the iterator.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,11 +21,11 @@ from speechllm.data.cache import BLOCK
 from speechllm.data.collate import collate
 from speechllm.data.plan import EpochPlan, rank_share
 from speechllm.data.prompt import Prompter
-from speechllm.data.sending import send_cheaply
+from speechllm.data.sending import BatchMemory
 from speechllm.data.store import Store
+from speechllm.data.worker import begin_worker, signals_held
 from speechllm.errors import DataError
 from speechllm.types import (
-    STOP_SIGNALS,
     AudioSegment,
     BadUtterance,
     Example,
@@ -48,9 +43,6 @@ AudioTokens = Callable[[int], int]
 _AHEAD_BYTES = 4 << 30
 _AHEAD_PART = 1 / 32
 _AHEAD_THREADS = 8
-_PARENT_SECONDS = 2.0  # between looks at whether it still lives
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # older glibc refuses more
 
 
 class TrainLoader:
@@ -189,6 +181,7 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
     pad_left: bool = False
     prompters: Sequence[Prompter] = ()
     augmenter: Augmenter | None = None
+    memory: BatchMemory = field(default_factory=BatchMemory)
 
     def __getitem__(self, task: _Task) -> tuple[_Task, Microbatch]:
         examples: list[Example] = []
@@ -206,10 +199,17 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
         if not examples:
             silence = self.store.silence
             examples.append(self.prompter.example(silence, 0, with_target=self.with_target))
+        batch = collate(
+            examples,
+            self.audio_tokens,
+            pad_id=self.pad_id,
+            pad_left=self.pad_left,
+            memory=self.memory,
+        )
         microbatch = Microbatch(
             index=task.index,
             weight=1.0 if references else 0.0,
-            batch=collate(examples, self.audio_tokens, pad_id=self.pad_id, pad_left=self.pad_left),
+            batch=batch,
             utterances=len(references),
             audio_seconds=sum(reference.duration for reference in references),
             references=tuple(references),
@@ -276,7 +276,7 @@ def _read(
         collate_fn=_as_it_is,
         num_workers=num_workers,
         prefetch_factor=prefetch if num_workers else None,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=begin_worker,
         # Fork shares the tokenizer and the index and imports nothing again. Beside the threads of
         # gloo and CUDA it is safe because workers touch neither; a pin-memory thread would not be.
         multiprocessing_context="fork" if num_workers else None,
@@ -286,60 +286,10 @@ def _read(
         # Texts may have been counted by the threads of the tokenizers library, which says so at
         # each fork unless this is set.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _signals_held():
+    with signals_held():
         batches = iter(loader)
     yield from batches
 
 
 def _as_it_is(sample: Any) -> Any:
     return sample
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Forked inside, a process has the stop signals blocked from its first instruction."""
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
-def _begin_worker(worker: int) -> None:
-    gc.enable()  # whatever the training loop, from which it is forked, has done with its own
-    _keep_freed_memory()
-    _outlive_signals()
-    send_cheaply()
-
-
-def _keep_freed_memory() -> None:
-    """glibc gives large blocks back to the system, and each page of the next microbatch is a fault
-    again: a fifth of the time in which a microbatch is decoded. Elsewhere than on glibc, nothing.
-    """
-    allocator = getattr(ctypes.CDLL(None), "mallopt", None)
-    if allocator is not None:
-        allocator(_TRIM_THRESHOLD, 1 << 30)
-        allocator(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-
-
-def _outlive_signals() -> None:
-    """Leave stop signals to the parent, which a batch system sends to every process of a job.
-
-    They stay blocked. Only the parent's own SIGTERM ends a worker: multiprocessing sends it at exit
-    to workers that still live, and waits for them.
-    """
-    # The tokenizers library warns when it finds that its thread pool was forked.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_obey_the_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _obey_the_parent(parent: int) -> None:
-    """Also where the parent was killed: torch's own watch would wait until what is under way has
-    been sent, to a pipe that nobody reads any more."""
-    while os.getppid() == parent:
-        signal_info = signal.sigtimedwait(STOP_SIGNALS, _PARENT_SECONDS)
-        if signal_info is None:
-            continue
-        if signal_info.si_signo == signal.SIGTERM and signal_info.si_pid == parent:
-            break
-    os._exit(0)

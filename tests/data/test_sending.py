@@ -1,12 +1,11 @@
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 import pytest
 
-from speechllm.data import sending
-from speechllm.data.sending import send_cheaply, zeros_to_send
+from speechllm.data.sending import BatchMemory
 
 
 class Sums(Dataset):
@@ -15,14 +14,17 @@ class Sums(Dataset):
 
     def __init__(self, sizes: list[int], dtype: torch.dtype = torch.int16) -> None:
         self.sizes, self.dtype = sizes, dtype
+        self.memory = BatchMemory()
 
     def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        values = zeros_to_send((3, self.sizes[i]), self.dtype)
-        values[:2] = i % 100
-        return values, len(sending._segments)
+        values = self.memory.empty((3, self.sizes[i]), self.dtype)
+        values[:2], values[2] = i % 100, 0
+        return values, self.memory.num_segments
 
 
 class Small(Dataset):
+    memory = BatchMemory()
+
     def __getitem__(self, i: int) -> list[torch.Tensor]:
         return [
             torch.arange(7),
@@ -41,7 +43,7 @@ def from_worker(dataset: Dataset, count: int) -> Iterator:
         collate_fn=lambda item: item,
         num_workers=1,
         prefetch_factor=2,
-        worker_init_fn=lambda worker: send_cheaply(),
+        worker_init_fn=lambda worker: get_worker_info().dataset.memory.send(),
         multiprocessing_context="fork",
     )
     return iter(loader)
@@ -96,4 +98,4 @@ def test_larger_batches_take_the_place_of_smaller_ones() -> None:
 
 
 def test_outside_a_worker_nothing_is_shared() -> None:
-    assert not zeros_to_send((2, 3), torch.int16).is_shared()
+    assert not BatchMemory().empty((2, 3), torch.int16).is_shared()
