@@ -16,9 +16,10 @@ from speechllm.model.identity import missing
 from speechllm.planner.advice import config_name, job_of, machine_here, worst_parts
 from speechllm.planner.architecture import read_architecture
 from speechllm.planner.command import utterances_of
+from speechllm.planner.room import needs_checkpointing
 from speechllm.prepare import Split, TextSide, open_split, prepare_text
 from speechllm.preview import write_preview
-from speechllm.settle import settle
+from speechllm.settle import measured_in_training, settle
 from speechllm.training_data import epoch_plans, in_words, open_training, training_key
 
 GIB = 2**30
@@ -46,19 +47,36 @@ def check(config: Config, *, preview: Path | None = None) -> Findings:
     """
     findings = Findings()
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    config = settle(config, torch.device("cuda" if on_gpu else "cpu"))
+    device = torch.device("cuda" if on_gpu else "cpu")
     absent = missing(config.model)
     for name in absent:
         findings.bad(name)
     if not absent:
         findings.good("weights of encoder and LLM, tokenizer")
-        _check_memory(config, findings)
-        _check_data(config, findings, preview)
+        settled = settle(config, device)
+        findings.lines += _choices(config, settled, device)
+        _check_memory(settled, findings, chosen=config.train.activation_checkpointing == "auto")
+        _check_data(settled, findings, preview)
     else:
         findings.lines.append("  -        shards: not looked at, their cost needs the tokenizer")
     _check_run_dir(config, findings)
     findings.lines.append("ready to train" if findings.ready else "not ready to train")
     return findings
+
+
+def _choices(asked: Config, settled: Config, device: torch.device) -> list[str]:
+    """What stands for each `auto` that a run settles at its start."""
+    measured = measured_in_training(asked, device)
+    found = []
+    for key, value, choice in (
+        ("precision", asked.precision, settled.precision),
+        ("model.llm.attention", asked.model.llm.attention, settled.model.llm.attention),
+        ("performance.packing", asked.performance.packing, settled.performance.packing),
+    ):
+        if value == "auto":
+            how = "training measures at its start; by rule here" if key in measured else "here"
+            found.append(f"           {key}: auto; {how}: {choice}")
+    return found
 
 
 def _check_data(config: Config, findings: Findings, preview: Path | None) -> None:
@@ -128,11 +146,16 @@ def _write_preview(config: Config, train: Split, directory: Path, findings: Find
         findings.good(f"{count} utterances with their augmentation, see {directory}/index.json")
 
 
-def _check_memory(config: Config, findings: Findings) -> None:
-    """What `speechllm plan` predicts for the configured strategy on this machine."""
+def _check_memory(config: Config, findings: Findings, *, chosen: bool) -> None:
+    """What `speechllm plan` predicts for the configured strategy on this machine. chosen: a run
+    turns activation checkpointing on where it needs it."""
     machine = machine_here(config, gpus=None, nodes=1, gpu_memory=None)
     about = read_architecture(config.model)
     utterances, _ = utterances_of(config)
+    if chosen and needs_checkpointing(config, machine, utterances):
+        train = config.train.model_copy(update={"activation_checkpointing": True})
+        config = config.model_copy(update={"train": train})
+        findings.lines.append("           train.activation_checkpointing: auto; here: true")
     job, strategy = job_of(config, about, machine), config_name(config)
     need = sum(
         worst_parts(config, job, utterances, config.data.microbatch_tokens, strategy).values()

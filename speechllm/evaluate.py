@@ -8,7 +8,7 @@ import torch
 from speechllm.config.schema import Config
 from speechllm.data.loader import read_batches
 from speechllm.data.plan import plan_in_order, rank_share
-from speechllm.decode import decode
+from speechllm.decode import decode, decoded_together
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.prepare import Split, TextSide
 from speechllm.transfer import Transfer
@@ -73,8 +73,10 @@ def _loss(
 
 def _wer(model: SpeechLLM, split: Split, text: TextSide, config: Config, world: World) -> float:
     chosen = evenly(split.selection.kept, config.evaluation.wer_utterances)
-    cut = plan_in_order(split.costs, chosen, config.generation.microbatch_tokens)
+    cut = decoded_together(config, split.costs, chosen)
     share = rank_share(len(cut), world.rank, world.size)
+    if not model.sharded:  # else all ranks run as many, or the collectives would not match
+        share = [(number, is_repeat) for number, is_repeat in share if not is_repeat]
     decoded = decode(model, split, text, config, world.device, [cut[number] for number, _ in share])
     mine = [
         [row.ref, row.hyp]

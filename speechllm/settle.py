@@ -86,6 +86,23 @@ def settle(
     return config
 
 
+def measured_in_training(config: Config, device: torch.device) -> set[str]:
+    """The keys that `settle` chooses by measurement once it knows the lengths of the training data.
+    Raises ModelError."""
+    config = _plain(config) if config.performance.preset == "plain" else config
+    if is_small(config.model.llm):
+        return set()
+    found = set()
+    if config.precision == "auto" and device.type == "cpu" and bf16_is_fast(device):
+        found.add("precision")
+    settled = _precision(config, device, (), product_seconds)
+    usual, ways = _candidates(settled, device)
+    if len({usual, *ways}) > 1:
+        keys = ("model.llm.attention", "performance.packing")
+        found |= {key for key in keys if _value(config, key) == "auto"}
+    return found
+
+
 def _plain(config: Config) -> Config:
     """The straightforward implementation, spelled out."""
     changes: dict[str, Any] = {f"performance.{key}": value for key, value in PLAIN.items()}
@@ -150,9 +167,7 @@ def _attention(
 ) -> Config:
     stored, computed = _types(config, device)
     kernel, packing = config.model.llm.attention, config.performance.packing
-    usual = Way(kernel if kernel != "auto" else usual_attention(device, stored), packing == "on")
-    ways = [w for w in _ways(device, computed) if kernel in ("auto", w.kernel)]
-    ways = [w for w in ways if packing in ("auto", "on" if w.packed else "off")]
+    usual, ways = _candidates(config, device)
     chosen = usual
     if len({usual, *ways}) > 1 and utterances and not is_small(config.model.llm):
         llm, shape = config.model.llm, layer_shape(config.model.llm)
@@ -213,6 +228,15 @@ def _types(config: Config, device: torch.device) -> tuple[torch.dtype, torch.dty
     if wide or (config.precision == "fp16" and device.type == "cpu"):
         return torch.float32, computed
     return torch.bfloat16, computed
+
+
+def _candidates(config: Config, device: torch.device) -> tuple[Way, list[Way]]:
+    """The usual way, and those that the configuration allows."""
+    stored, computed = _types(config, device)
+    kernel, packing = config.model.llm.attention, config.performance.packing
+    usual = Way(kernel if kernel != "auto" else usual_attention(device, stored), packing == "on")
+    ways = [w for w in _ways(device, computed) if kernel in ("auto", w.kernel)]
+    return usual, [w for w in ways if packing in ("auto", "on" if w.packed else "off")]
 
 
 def _ways(device: torch.device, computed: torch.dtype) -> list[Way]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from speechllm.errors import DataError
+from speechllm.model.positions import Positions
 from speechllm.strategy.base import Strategy
 from speechllm.transfer import Transfer
 from speechllm.types import Batch, Objective, StepData
@@ -23,7 +24,7 @@ class StepTotals:
     target_tokens: int
     utterances: int
     audio_seconds: float
-    positions: int  # rows x columns of the batches, prompts and repeats included
+    positions: int  # that the model runs, repeats included
     used_positions: int  # of these, not padding and not repeated
     bad: int
     stop: bool
@@ -43,16 +44,35 @@ class StepResult:
     grad_norm: Tensor | float
 
 
-def agree(data: StepData, world: World, *, stop: bool) -> StepTotals:
-    """What the step holds and whether any rank wants to stop, in one collective."""
+def whole_rows(batch: Batch) -> Positions:
+    """Of rows that are run as they are collated."""
+    return Positions(len(batch.lengths) * max(batch.lengths), sum(batch.lengths))
+
+
+def agree(
+    data: StepData,
+    world: World,
+    *,
+    stop: bool,
+    positions_of: Callable[[Batch], Positions] = whole_rows,
+) -> StepTotals:
+    """What the step holds and whether any rank wants to stop, in one collective.
+
+    positions_of: what the model runs of a batch, see `speechllm.model.positions.positions_of`.
+    """
     counted = [m for m in data.microbatches if m.weight > 0]
+    positions = [positions_of(m.batch) for m in data.microbatches]
     sums = world.sum(
         [
             sum(m.batch.num_target_tokens for m in counted),
             sum(m.utterances for m in counted),
             sum(m.audio_seconds for m in counted),
-            sum(m.batch.attention_mask_BS.numel() for m in data.microbatches),
-            sum(int(m.batch.attention_mask_BS.sum()) for m in counted),
+            sum(found.run for found in positions),
+            sum(
+                found.used
+                for found, m in zip(positions, data.microbatches, strict=True)
+                if m.weight > 0
+            ),
             sum(len(m.bad) for m in data.microbatches),
             float(stop),
         ]

@@ -6,6 +6,7 @@ import math
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from speechllm.checkpoint import Progress
 from speechllm.config.load import dump_config
@@ -16,6 +17,7 @@ from speechllm.failure import FailureReport
 from speechllm.garbage import CollectedBySteps
 from speechllm.lease import lease_of_environment
 from speechllm.log import logger, set_up_logging
+from speechllm.model.positions import positions_of
 from speechllm.optim import learning_rate, phase_of
 from speechllm.planner.probe import probe
 from speechllm.prepare import Split
@@ -65,7 +67,11 @@ def _loop(run: Run, stop: StopSignals) -> int:
         clock = Clock()
         for data in steps:
             clock.data_arrived()
-            totals = agree(data, world, stop=stop.received is not None)
+            phase = phase_of(progress.step, config.train)
+            totals = agree(
+                data, world, stop=stop.received is not None,
+                positions_of=partial(positions_of, run.model, objective=phase.objective),
+            )  # fmt: skip
             if totals.stop:
                 _save(run)
                 _wait_for_writer(run)
@@ -76,7 +82,6 @@ def _loop(run: Run, stop: StopSignals) -> int:
                 return STOPPED
             plan = run.plan_of(data.epoch)
             _count_bad(run, data, totals, plan)
-            phase = phase_of(progress.step, config.train)
             lr = phase.lr_scale * learning_rate(phase.step, config.optim, phase.steps)
             result = run_step(
                 run.strategy, data, totals, objective=phase.objective, lr=lr, seed=config.seed,

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from runs import TINY
 
+import speechllm.check
+import speechllm.settle
 from speechllm.cli import main
 
 
@@ -21,6 +23,27 @@ def test_ready(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str])
     assert main(["train", *command, "train.steps=1"]) == 0
     assert main(["check", *command]) == 0
     assert "would resume after step 1" in capsys.readouterr().out
+
+
+def test_a_choice_that_training_makes_is_not_foretold(
+    tmp_path: Path,
+    shards: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = ["check", TINY, f"data.train={shards}", f"run_dir={tmp_path}", "precision=auto"]
+    monkeypatch.setattr(speechllm.settle, "bf16_is_fast", lambda device: True)
+    assert main([*command, "model.llm.attention=sdpa"]) == 0
+    found = capsys.readouterr().out
+    assert "precision: auto; here: bf16" in found
+    assert "model.llm.attention" not in found
+    monkeypatch.setattr(speechllm.settle, "is_small", lambda llm: False)
+    monkeypatch.setattr(speechllm.check, "needs_checkpointing", lambda *args: True)
+    assert main(command) == 0
+    found = capsys.readouterr().out
+    for key, choice in (("precision", "bf16"), ("model.llm.attention", "eager")):
+        assert f"{key}: auto; training measures at its start; by rule here: {choice}" in found
+    assert "train.activation_checkpointing: auto; here: true" in found
 
 
 def test_everything_that_is_missing_is_said_at_once(

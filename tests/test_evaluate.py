@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +10,8 @@ import torch
 import pytest
 from runs import tiny_config
 
+import speechllm.evaluate
+from speechllm.decode import Prediction
 from speechllm.evaluate import evaluate, evenly
 from speechllm.prepare import open_split, prepare_model, prepare_text
 from speechllm.world import World
@@ -34,6 +38,24 @@ def test_the_mean_is_over_tokens_whatever_the_batches(tmp_path: Path, shards: Pa
     assert small["utterances"] == large["utterances"] == 48
     # Random weights guess among 260 ids: about ln 260 nats a token.
     assert large["loss"] == pytest.approx(np.log(260), abs=0.3)
+
+
+def test_texts_are_decoded_in_the_batches_of_generate(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def decode(*args: Any) -> Iterator[list[Prediction]]:
+        for microbatch in args[-1]:
+            sizes.append(len(microbatch))
+            yield [Prediction(int(n), "", "red light", "red", 1.0) for n in microbatch]
+
+    monkeypatch.setattr(speechllm.evaluate, "decode", decode)
+    wer = "evaluation.wer_utterances=9"
+    assert scores(tmp_path, shards, wer)["wer"] == 0.5
+    assert sizes == [9], "all fit into one"
+    scores(tmp_path, shards, wer, "performance.preset=plain", "performance.plain_utterances=4")
+    assert sizes == [9, 4, 4, 1]
 
 
 def test_subsets_are_spread_evenly_and_always_the_same() -> None:

@@ -123,6 +123,6 @@ def refuse_liger(device: torch.device, head: nn.Linear | None, model_type: str) 
         _liger()
     except (ImportError, TypeError) as error:
         raise ConfigError(
-            f"performance.head=liger: {error}; install a newer liger-kernel (0.8.5 will do: "
-            "pip install -U liger-kernel), or set performance.head=torch"
+            f'performance.head=liger: {error}; pip install -U "speechllm[liger]" (0.8.0 is the '
+            "first liger-kernel that will do), or set performance.head=torch"
         ) from error

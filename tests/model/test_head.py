@@ -111,5 +111,5 @@ def test_liger_is_refused_where_it_cannot_be_had() -> None:
         refuse_liger(torch.device("cpu"), head, "llama")
     with pytest.raises(ConfigError, match=r"logits of this gemma2 model.*performance.head=torch"):
         refuse_liger(torch.device("cuda"), None, "gemma2")
-    with pytest.raises(ConfigError, match=r"install a newer liger-kernel.*performance.head=torch"):
+    with pytest.raises(ConfigError, match=r"speechllm\[liger\].*performance.head=torch"):
         refuse_liger(torch.device("cuda"), head, "llama")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import pytest
 from forked_function import on_ranks
@@ -20,6 +21,7 @@ from speechllm.config.schema import Config
 from speechllm.data.plan import rank_share
 from speechllm.errors import CheckpointError
 from speechllm.generate import generate
+from speechllm.model.layers import transformer_layers
 from speechllm.prepare import prepare_model
 from speechllm.step import agree, run_step
 from speechllm.strategy.base import Strategy, TrainableState
@@ -294,6 +296,24 @@ def test_a_state_that_does_not_fit_is_refused_by_every_rank(tmp_path: Path, kind
         world.barrier()
 
     on_ranks(2, tmp_path, rank)
+
+
+@pytest.mark.parametrize("unfrozen", [0, 1])
+def test_the_backward_gathers_no_layer_that_has_none(tmp_path: Path, unfrozen: int) -> None:
+    def rank(world: World) -> None:
+        config = config_of("fsdp2", f"model.unfreeze_encoder_layers={unfrozen}")
+        strategy = build(config, world)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            train(strategy, config, world, range(2))
+        called = {e.name.partition("FSDP::backward_prefetch for ")[2] for e in profiler.events()}
+        assert any("llm." in name for name in called)
+        layers = transformer_layers(strategy.model.encoder)
+        assert len(layers) > 1
+        fetched = [name for name in called if "encoder." in name]
+        # The trained layer is fetched by the LLM's first one, and itself fetches nothing below.
+        assert len({name.rpartition(".")[2] for name in fetched}) == unfrozen
+
+    on_ranks(1, tmp_path, rank)
 
 
 def test_a_rank_holds_its_rows_and_no_more(tmp_path: Path) -> None:
