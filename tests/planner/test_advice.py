@@ -13,7 +13,7 @@ from speechllm.config import model as schema
 from speechllm.config.load import load_config
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
-from speechllm.planner.activations import Shape
+from speechllm.planner.activations import Rows, Shape
 from speechllm.planner.advice import (
     GIB,
     SHIPPED,
@@ -29,7 +29,7 @@ from speechllm.planner.advice import (
 from speechllm.planner.architecture import Architecture, read_architecture
 from speechllm.planner.memory import PARTS, STRATEGIES, Job, estimate_memory, moments
 from speechllm.planner.traffic import estimate_traffic
-from speechllm.planner.workload import assumed, microbatch
+from speechllm.planner.workload import assumed, microbatch, row_of
 from speechllm.strategy.zero_config import ZERO, ZeRO, read_zero_config
 
 LARGE = str(ROOT / "configs" / "whisper-large-v3_olmo2-1b_pre_norm.yaml")
@@ -246,6 +246,51 @@ def test_ranks_without_a_gpu_share_the_memory_of_the_machine() -> None:
     one, two = (machine_here(config, gpus=n, nodes=1, gpu_memory=None) for n in (1, 2))
     assert one.on_cpu
     assert two.memory == pytest.approx(one.memory / 2, rel=0.2)
+
+
+def test_what_is_left_out_of_rows() -> None:
+    def rows(*overrides: str, **changes: Any) -> Rows:
+        about = replace(architecture(large(*overrides).model), **changes)
+        return replace(job(large(*overrides), 1), architecture=about).rows(shape)
+
+    shape = Shape(8, 100, tokens=60, frames=360, labels=80, prefix=16)
+    whole, cached = Rows(800, 100, 800), Rows(8 * 84, 100, 800)
+    assert rows() == cached
+    for switched in ("prefix_cache=off", "preset=plain"):
+        assert rows(f"performance.{switched}") == whole
+    assert rows("model.lora.rank=4") == whole
+    assert rows(longest_row=100) == cached
+    for window in (99, 0):
+        assert rows(longest_row=window) == whole
+    packed = "performance.packing=on"
+    assert rows(packed) == Rows(8 * 84, 16 + 8 * 84, 16 + 8 * 84)
+    assert rows(packed, "model.lora.rank=4") == Rows(800, 800, 800)
+    assert rows(packed, "model.llm.attention=flash_attention_2") == cached
+
+
+def test_a_prefix_in_memory_saves_its_positions() -> None:
+    cached, whole = (
+        parts(large(f"performance.prefix_cache={mode}"), 1, "ddp") for mode in ("auto", "off")
+    )
+    about, prefix = architecture(large().model).llm, assumed(large())[-1].prefix_tokens
+    width = about.kv_heads * about.head_width
+    assert cached["prefix"] == 2 * 2 * about.layers * prefix * width > whole["prefix"] == 0
+    assert cached["activations"] + cached["prefix"] < whole["activations"]
+
+
+def test_the_plain_path_is_advised_in_utterances() -> None:
+    config = large("performance.preset=plain", "performance.plain_utterances=4")
+    plan = plan_of(config, gpus=1, gib=24)
+    assert plan.plain_utterances == 4
+    longest = max(row_of(config, utterance).columns for utterance in assumed(config))
+    vocabulary = architecture(config.model).llm.vocabulary
+    assert plan.strategies["ddp"].parts["logits"] == 3 * 4 * 4 * longest * vocabulary
+    most = plan.max_plain_utterances
+    assert most is not None
+    for count, fits in ((most, True), (most + 1, False)):
+        tried = large("performance.preset=plain", f"performance.plain_utterances={count}")
+        assert plan_of(tried, gpus=1, gib=24).strategies["ddp"].fits == fits
+    assert plan.max_batch_tokens == most * longest
 
 
 def test_logits_are_there_in_chunks_or_all_at_once() -> None:

@@ -50,6 +50,19 @@ def test_too_large_a_budget_says_so(offline: None, capsys: pytest.CaptureFixture
     assert "nothing fits" in capsys.readouterr().out
 
 
+def test_the_plain_path_is_told_in_utterances(
+    offline: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", LARGE, "--gpu-memory", "24GB", "performance.preset=plain"]
+    assert main(command) == 0
+    found = capsys.readouterr().out
+    assert "microbatches of 8 utterances, padded to 30 s" in found
+    assert "performance.plain_utterances up to" in found
+    assert "microbatch_tokens" not in found
+    assert main([*command, "--json"]) == 0
+    assert 8 <= json.loads(capsys.readouterr().out)["max_plain_utterances"] < 64
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

@@ -87,6 +87,10 @@ def predicted_and_measured(
     )
     job = job_of(config, read_architecture(config.model), Machine(1, 0, on_cpu=True))
     shape = shape_of(config, batch, prefix.length(batch.opening))
+    if not model.shortcuts.plain:
+        layout, _ = model.shortcuts.lay_out(batch)
+        run = layout.tokens_RC.numel()  # without what pads the other rows, where they are packed
+        assert job.rows(shape).positions == pytest.approx(run, rel=0.02)
     parts = estimate_memory(job, shape, "ddp")
     return sum(parts.values()), standing + growth + parts["batch"]
 

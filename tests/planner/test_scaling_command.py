@@ -4,10 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import pytest
 from runs import ROOT, TINY
 
 from speechllm.cli import main
+from speechllm.config.load import load_config
+from speechllm.model.build import audio_token_counter
+from speechllm.planner.advice import Machine, job_of
+from speechllm.planner.architecture import read_architecture
+from speechllm.planner.command import training_here
+from speechllm.planner.scaling_command import run_positions
+from speechllm.training_data import epoch_plans
 
 LARGE = str(ROOT / "configs" / "whisper-large-v3_olmo2-1b_pre_norm.yaml")
 STEP = "data.microbatches_per_step=64"
@@ -66,6 +75,27 @@ def test_table(offline: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
         assert word in found
     assert found.count("yes") >= 22
     assert max(map(len, found.split("strong scaling")[1].splitlines())) <= 112
+
+
+@pytest.mark.parametrize("chosen", ["prefix_cache=off", "prefix_cache=auto", "packing=on", "plain"])
+def test_positions_that_the_llm_runs_on(shards: Path, chosen: str) -> None:
+    overrides = ["preset=plain", "plain_utterances=3"] if chosen == "plain" else [chosen]
+    config = load_config(TINY, [f"data.train={shards}", *(f"performance.{o}" for o in overrides)])
+    split, text = training_here(config)
+    assert split is not None
+    assert text is not None
+    job = job_of(config, read_architecture(config.model), Machine(1, 0, on_cpu=True))
+    microbatches = epoch_plans(config, split)(0).step(0)
+    found = run_positions(config, job, split, text, microbatches)
+    prefix = 0 if chosen in ("plain", "prefix_cache=off") else len(text.prefix)
+    chunk = audio_token_counter(config.model)(30 * 16_000)
+    for numbers, positions in zip(microbatches, found, strict=True):
+        rows = split.costs[numbers]
+        if chosen == "plain":
+            durations = split.corpus.durations[numbers]
+            samples = np.rint(durations * 16_000).astype(np.int64)
+            rows = rows - text.audio_tokens(samples) + chunk
+        assert positions == len(numbers) * (rows.max() - prefix)
 
 
 def test_overrides_may_follow_an_option_without_a_value(

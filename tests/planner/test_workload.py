@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 import pytest
@@ -9,7 +11,15 @@ from speechllm.config.load import load_config
 from speechllm.data.collate import collate
 from speechllm.data.plan import plan_epoch
 from speechllm.planner.probe import costliest
-from speechllm.planner.workload import Utterance, assumed, microbatch, of_split
+from speechllm.planner.workload import (
+    Utterance,
+    assumed,
+    microbatch,
+    of_split,
+    planned_positions,
+    row_of,
+    shape_of,
+)
 from speechllm.prepare import open_split, plan_settings, prepare_text
 from speechllm.types import Utterance as Spoken
 
@@ -23,6 +33,15 @@ def test_the_shape_of_a_microbatch():
     assert (shape.rows, shape.columns, shape.tokens, shape.frames) == (24, 158, 84, 500)
     assert shape.labels == 24 * 51
     assert microbatch(config, Utterance(160_000, 50, 24), 157) is None
+
+
+def test_plain_microbatches_hold_so_many_utterances_padded_to_30_s():
+    config = load_config(LARGE, ["performance.preset=plain", "performance.plain_utterances=3"])
+    shape = microbatch(config, Utterance(160_000, 50, 24, 16), 3840)
+    assert (shape.rows, shape.columns, shape.tokens) == (3, 250 + 50 + 24, 84)
+    assert (shape.frames, shape.labels, shape.prefix) == (1500, 3 * 51, 16)
+    assert microbatch(config, Utterance(160_000, 50, 24), 157) is None  # training drops it
+    assert microbatch(config, Utterance(35 * 16_000, 50, 24), 3840).columns == 292 + 50 + 24
 
 
 def test_padded_audio_takes_the_frames_of_30_s():
@@ -44,12 +63,16 @@ def test_utterances_of_a_split_cost_what_the_split_says(tmp_path, shards):
     columns = [microbatch(config, u, 4096).columns for u in found]
     assert max(columns) == split.costs[split.selection.kept].max()
     assert min(columns) == split.costs[split.selection.kept].min()
+    kept = split.selection.kept
+    assert (planned_positions(config, split, text, kept) == split.costs[kept]).all()
     longest = max(found, key=lambda u: u.samples)
     spoken = Spoken("k", np.zeros(longest.samples, np.int16), "x" * 3 * longest.text_tokens)
     example = text.prompter.example(spoken, 0, with_target=True)
     batch = collate([example], text.audio_tokens, pad_id=text.pad_id)
-    shape = microbatch(config, longest, 4096)
-    assert int(batch.audio_mask_BS.sum()) == shape.tokens
+    row = row_of(config, replace(longest, text_tokens=batch.num_target_tokens - 1))
+    assert int(batch.audio_mask_BS.sum()) == row.tokens
+    assert row.prefix == len(text.prefix) == len(batch.opening) > 10
+    assert shape_of(config, batch, len(batch.opening)) == row
 
 
 def test_the_costliest_microbatch_has_most_positions_then_the_longest_audio(tmp_path, shards):
