@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from speechllm.checkpoint import find_checkpoint, read_trainable
+from speechllm.checkpoint import find_checkpoint
 from speechllm.config.load import load_config
 from speechllm.config.schema import Config
 from speechllm.data.loader import read_batches
@@ -30,8 +30,9 @@ from speechllm.prepare import (
     prepare_model,
     prepare_text,
 )
-from speechllm.report.metrics import read_lines
+from speechllm.report.lines import read_lines
 from speechllm.settle import settle
+from speechllm.snapshot import read_trainable
 from speechllm.strategy.build import build_strategy, frozen_weights
 from speechllm.world import World
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from safetensors.torch import save_file
 
-from speechllm.checkpoint import find_checkpoint, read_trainable
+from speechllm.checkpoint import find_checkpoint
 from speechllm.config import model as schema
 from speechllm.config.load import load_config
 from speechllm.errors import UserError
 from speechllm.model.adapt import ADAPTER, lora_config, takes_all
+from speechllm.snapshot import read_trainable
 
 WHISPER = "encoder.encoder."  # the Whisper within what feeds it
 IN_PEFT = "base_model.model."  # what peft's wrapper puts before the names of the LLM

@@ -11,12 +11,10 @@ from typing import Any
 
 from speechllm.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
     Progress,
     complete_checkpoints,
     find_checkpoint,
     read_checkpoint,
-    read_trainable,
     refuse_other_identity,
 )
 from speechllm.config.load import dump_config
@@ -41,6 +39,7 @@ from speechllm.report.metrics import Metrics
 from speechllm.report.progress import ProgressLine
 from speechllm.report.status import RunStatus
 from speechllm.settle import settle
+from speechllm.snapshot import CheckpointWriter, read_trainable
 from speechllm.strategy.base import Strategy
 from speechllm.strategy.build import build_strategy
 from speechllm.training_data import (

@@ -10,17 +10,16 @@ import torch
 import pytest
 
 from speechllm.checkpoint import (
-    CheckpointWriter,
     Progress,
     checkpoint_path,
     complete_checkpoints,
     find_checkpoint,
     read_checkpoint,
-    read_trainable,
     refuse_other_identity,
 )
 from speechllm.errors import CheckpointError, LostLease
 from speechllm.lease import Lease
+from speechllm.snapshot import CheckpointWriter, read_trainable
 from speechllm.strategy.base import TrainableState
 
 IDENTITY = {"llm": {"id": "a", "hash": "1"}, "seed": 1}

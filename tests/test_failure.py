@@ -21,11 +21,12 @@ from speech_files import write_shards
 
 import speechllm.failure
 import speechllm.train
-from speechllm.checkpoint import CheckpointWriter, find_checkpoint
+from speechllm.checkpoint import find_checkpoint
 from speechllm.cli import main
 from speechllm.data.index import open_corpus
 from speechllm.errors import DataError
 from speechllm.failure import Failure, FailureReport, Place, in_order, speaker
+from speechllm.snapshot import CheckpointWriter
 from speechllm.train import train
 from speechllm.world import World
 

@@ -32,6 +32,7 @@ FLOORS = {  # unit of the package (a file or a sub-package) -> floor
     "features": SECOND,
     "generate": SECOND,
     "prepare": SECOND,
+    "snapshot": SECOND,
     "strategy": SECOND,
     "training_data": SECOND,
     "caching": THIRD,

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from speechllm.report.lines import read_lines
+
 
 class Metrics:
     """Only rank 0 has one.
@@ -39,14 +41,6 @@ class Metrics:
         for key, value in values.items():
             if key != "step" and not isinstance(value, str):
                 self._board.add_scalar(f"{group}/{key}", value, values["step"])
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a JSONL file; none where it does not exist."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # what follows the last newline is half a line
 
 
 def _cut(path: Path, from_step: int) -> None:

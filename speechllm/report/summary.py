@@ -13,7 +13,7 @@ from rich.table import Table
 
 from speechllm.checkpoint import complete_checkpoints, read_checkpoint
 from speechllm.errors import UserError
-from speechllm.report.metrics import read_lines
+from speechllm.report.lines import read_lines
 
 
 def summarise(run: Path) -> dict[str, Any]:

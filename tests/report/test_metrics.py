@@ -3,7 +3,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from speechllm.report.metrics import Metrics, read_lines
+from speechllm.report.lines import read_lines
+from speechllm.report.metrics import Metrics
 
 
 def test_a_resumed_run_cuts_what_it_will_do_again(tmp_path: Path) -> None:
