@@ -29,6 +29,8 @@ from speechllm.strategy.loss_scale import LossScale
 from speechllm.strategy.zero_config import read_zero_config
 from speechllm.world import World, read_environment
 
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
+
 
 class DeepSpeedStrategy:
     """See `speechllm.strategy.base.Strategy`. Never run with CUDA, though nothing is left out."""
@@ -45,12 +47,13 @@ class DeepSpeedStrategy:
         self.loss_scale = LossScale(config.precision)
         self.updates = 0
         model.sharded = self.stage == 3 and world.size > 1
-        self.engine, self.zero, _, _ = deepspeed.initialize(
-            model=model if self.stage == 3 else _Trained(model),
-            optimizer=self.adamw,
-            config=settings,
-            dist_init_required=False,
-        )
+        with _without_compiler():
+            self.engine, self.zero, _, _ = deepspeed.initialize(
+                model=model if self.stage == 3 else _Trained(model),
+                optimizer=self.adamw,
+                config=settings,
+                dist_init_required=False,
+            )
         # DeepSpeed makes a group of its own, which would wait for as long as PyTorch likes.
         dist.distributed_c10d._set_pg_timeout(
             timedelta(seconds=config.collective_timeout), self.engine.data_parallel_group
@@ -157,6 +160,20 @@ class _Trained(nn.Module):
 
     def forward(self, *arguments: Any) -> Any:
         return self.run(*arguments)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """torch.compile leaves within as it is what it is given. DeepSpeed compiles an optimizer of its
+    own, to see that ours is another, and brings in all of torch's compiler for it: 4 s of CPU."""
+    before = os.environ.get(NO_COMPILER)
+    os.environ[NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[NO_COMPILER]
+        if before is not None:
+            os.environ[NO_COMPILER] = before
 
 
 @contextmanager
