@@ -95,6 +95,7 @@ def test_a_host_dies_and_the_group_meets_again_on_the_third(
         grid.on_master("qmod", "-d", f"*@{victim}")
         grid.script("kill-host", victim)
     try:
+        grid.wait_until_missed(victim, job.id)
         job.wait_until_gone()
     finally:
         grid.start()
