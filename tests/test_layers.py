@@ -1,10 +1,13 @@
 """Who may import whom: every file imports from its own floor's package or from floors below."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from runs import TINY
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "speechllm"
@@ -174,6 +177,36 @@ def test_configuration_starts_without_torch(module):
         if name.split(".")[0] in HEAVY
     ]
     assert not heavy, "\n".join(heavy)
+
+
+STARTS = """
+import sys
+
+def without(*packages):
+    found = [name for name in packages if name in sys.modules]
+    assert not found, f"{found} imported"
+
+import speechllm.cli, speechllm.cluster.node, speechllm.cluster.rank, speechllm.cluster.submit
+import speechllm.report.summary, speechllm.wer
+without("torch", "numpy", "transformers", "pyarrow", "pandas")
+import speechllm.train
+unused = ["pandas", "datasets", "peft", "torch._inductor.compile_fx", "torch.utils.cpp_extension"]
+without("deepspeed", *unused)
+assert speechllm.cli.main(sys.argv[1:]) == 0
+without(*unused)
+"""
+
+
+@pytest.mark.distributed
+def test_processes_start_without_what_they_do_not_use(tmp_path, shards):
+    """Each of these takes seconds of CPU at every start: commands that look at files do without
+    torch, a run without other strategies' libraries, and none needs pandas or torch's compiler."""
+    run = ["train", TINY, f"data.train={shards}", f"run_dir={tmp_path}", "train.steps=1"]
+    run += ["strategy.kind=deepspeed", f"strategy.config={ROOT}/ds_configs/zero1.json"]
+    done = subprocess.run(
+        [sys.executable, "-c", STARTS, *run, "data.num_workers=0"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def distributed_in(tree: ast.AST, module: str = "speechllm.model.x") -> list[int]:
