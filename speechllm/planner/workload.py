@@ -61,10 +61,11 @@ def of_split(config: Config, split: Split, text: TextSide) -> list[Utterance]:
     settings, corpus = split.cost_settings, split.corpus
     prompts = [settings.prompt_tokens_in(corpus.shard_of(i)) for i in chosen.tolist()]
     samples = _samples(split, chosen)
-    tokens = text.audio_tokens(samples)
+    counts = (split.costs[chosen] - text.audio_tokens(samples)).tolist()
     return [
-        Utterance(int(n), int(cost - k - prompt), prompt, len(text.prefix))
-        for n, k, cost, prompt in zip(samples, tokens, split.costs[chosen], prompts, strict=True)
+        # An utterance's own prompt may be shorter, and is not told from the target here.
+        Utterance(n, max(0, count - prompt), min(count, prompt), len(text.prefix))
+        for n, count, prompt in zip(samples.tolist(), counts, prompts, strict=True)
     ]
 
 
