@@ -1,8 +1,8 @@
 """How fast shards are built, against what the codec libraries alone need for the same files.
 
 The limit is a loop that reads each file with soundfile and, where the build encodes, writes it with
-soundfile to memory: nothing is checked, hashed or stored. Both are timed in turns, in CPU seconds.
-Prints JSON.
+soundfile to memory: nothing is checked, hashed or stored. Where the build decodes FLAC by miniaudio
+(`flac_by`) it may need less than that. Both are timed in turns, in CPU seconds. Prints JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from shard_options import add_shard_arguments, shard_settings
 
 from speechllm.data.dataset_card import write_cards
 from speechllm.data.encoding import encode_opus
+from speechllm.data.flac import decoder_name
 from speechllm.data.packing import PackReport, pack
 from speechllm.data.sources.read import read_sources
 from speechllm.data.sources.spec import SourceOptions
@@ -77,6 +78,7 @@ def measure_build(
         "rounds": rounds,
         "num_workers": num_workers,
         "versions": versions(),
+        "flac_by": decoder_name(),
         "kinds": results,
     }
 

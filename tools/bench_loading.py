@@ -24,6 +24,7 @@ from bench_planning import SETTINGS, audio_tokens, seconds_like_librispeech
 
 from speechllm.config.model import LLM, Prompt
 from speechllm.data.audio import encode_flac
+from speechllm.data.flac import decoder_name
 from speechllm.data.index import open_corpus
 from speechllm.data.loader import read_batches
 from speechllm.data.plan import PlanSettings, plan_epoch
@@ -49,7 +50,8 @@ def measure_loading(
     Counts CPU seconds of the process and its workers, of eight shards less of the first alone, so
     that starting up does not count; the least of the rounds, which other work on the machine
     disturbed least. Everybody gives padded batches of waveforms and texts; this loader tokenises
-    and prompts besides. soundfile alone, with as many processes, is the limit of each.
+    and prompts besides. soundfile alone, with as many processes, is the limit of each, but of this
+    loader only where it decodes by libsndfile, too (`flac_by`).
     """
     with tempfile.TemporaryDirectory() as directory:
         tars = _write_shards(Path(directory) / "shards", utterances)
@@ -71,7 +73,8 @@ def measure_loading(
         limit = results["".join(["soundfile", *name.partition(",")[1:]])]
         found["audio_hours_per_core_hour"] = found["audio_seconds"] / found["cpu_seconds"]
         found["share_of_soundfile"] = limit["cpu_seconds"] / found["cpu_seconds"]
-    return {"utterances": utterances, "rounds": rounds, "contenders": results}
+    about = {"utterances": utterances, "rounds": rounds, "flac_by": decoder_name()}
+    return {**about, "contenders": results}
 
 
 def _write_shards(directory: Path, utterances: int) -> list[str]:

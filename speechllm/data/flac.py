@@ -18,6 +18,11 @@ except ImportError:
 _MOST_SAMPLES = 1 << 30
 
 
+def decoder_name() -> str:
+    """What decodes 16-bit FLAC here."""
+    return "libsndfile" if lib is None else "miniaudio"
+
+
 def decode_flac(data: bytes) -> tuple[np.ndarray, int] | None:
     """The bytes of a FLAC file -> int16 [N, channels], and its rate in Hz.
 
