@@ -97,18 +97,19 @@ def _remedy(run: Run) -> str:
 
 def _step(run: Run, batch: Batch) -> None:
     """As `run_step`, of two microbatches where gradients of an earlier one will stand beside the
-    next, else two steps of one: DeepSpeed's stage 3 keeps gathered weights from the second
-    microbatch that runs as the one before. That the first computes the prefix would undo it; FSDP2
-    has the embeddings only within."""
+    next. DeepSpeed's stage 3 keeps gathered weights from the second microbatch on, if it runs like
+    the first: so there is always a second, and the prefix is not computed in the first (where
+    FSDP2 must compute it, having the embeddings only within)."""
     strategy, world = run.strategy, run.world
-    if run.config.strategy.kind == "deepspeed":
+    by_deepspeed = run.config.strategy.kind == "deepspeed"
+    if by_deepspeed:
         run.model.compute_prefix()
     # With fp16 a gradient that is not finite lowers the loss scale, which is put back.
     state = strategy.full_state() if run.config.precision == "fp16" else None
     rounds = min(2, -(-run.config.data.microbatches_per_step // world.size))
     devices = [world.device] if world.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        for number in range(2):
+        for number in range(2 if by_deepspeed else rounds):
             last = number % rounds == rounds - 1
             with strategy.microbatch(last=last):
                 sums = strategy.model(batch.to(world.device), "lm")
@@ -132,7 +133,9 @@ def _standing(run: Run, parts: dict[str, int]) -> int:
     On a CPU weights and moments are taken as they are predicted, which is a matter of counting.
     """
     if run.world.device.type != "cuda":
-        names = ("frozen_llm", "frozen_encoder", "ctc_head", "trainable", "optimizer", "batch")
+        names = ["frozen_llm", "frozen_encoder", "ctc_head", "trainable", "optimizer", "batch"]
+        if run.config.strategy.kind == "ddp" and run.world.size > 1:
+            names.append("gradients")  # in buckets that are there from the start
         return sum(parts[name] for name in names)
     moments_are_there = run.progress.step > 0 or run.config.train.init_from is not None
     to_come = 0 if moments_are_there else parts["optimizer"]
