@@ -32,7 +32,7 @@ from speechllm.world import World
 pytestmark = pytest.mark.distributed
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-MICROBATCHES = 6  # of a step: three a rank where there are two ranks
+MICROBATCHES = 4  # of a step: two a rank where there are two; of three, some repeat one
 Losses = list[tuple[float, float]]  # (loss, gradient norm) of each step
 
 
@@ -126,13 +126,13 @@ def test_training_is_that_of_one_process(
     tmp_path: Path, ranks: int, llm: str, reshard: bool
 ) -> None:
     model = f"model.llm.id=random:{llm}"
-    expected, expected_state = single_process(range(6), model)
+    expected, expected_state = single_process(range(4), model)
     assert all(norm > 0.2 for _, norm in expected), "clipping must be at work"
 
     def rank(world: World) -> None:
         config = config_of("fsdp2", model, f"strategy.reshard_after_forward={reshard}")
         strategy = build(config, world)
-        assert_close(train(strategy, config, world, range(6)), expected)
+        assert_close(train(strategy, config, world, range(4)), expected)
         state = strategy.full_state()
         assert (state is not None) == world.is_main
         if world.is_main:
@@ -207,18 +207,18 @@ def test_the_model_is_that_of_ddp_to_the_last_bit(tmp_path: Path, llm: str) -> N
 def test_a_state_is_continued_under_the_other_strategy(
     tmp_path: Path, first: str, second: str
 ) -> None:
-    expected, expected_state = single_process(range(6))
+    expected, expected_state = single_process(range(4))
 
     def rank(world: World) -> None:
         config = config_of(first)
         strategy = build(config, world)
-        train(strategy, config, world, range(3))
+        train(strategy, config, world, range(2))
         state = strategy.full_state()
         config = config_of(second, "seed=8")  # other weights, all to be replaced
         strategy = build(config, world)
         train(strategy, config, world, range(7, 8))
         strategy.load_full_state(state)
-        assert_close(train(strategy, config, world, range(3, 6)), expected[3:])
+        assert_close(train(strategy, config, world, range(2, 4)), expected[2:])
         state = strategy.full_state()
         if world.is_main:
             assert_same_state(state, expected_state)
