@@ -24,6 +24,7 @@ def command(run_dir: Path, shards: Path, steps: int, *overrides: str) -> list[st
 
 @pytest.mark.distributed
 def test_two_ranks_one_rank_and_two_ranks_continue_one_run(tmp_path: Path, shards: Path) -> None:
+    pytest.importorskip("deepspeed")  # once, before the fork
     zero3 = ("strategy.kind=deepspeed", f"strategy.config={ROOT}/ds_configs/zero3.json")
     chain = [((0, 1), ("strategy.kind=ddp",)), ((0,), ("strategy.kind=fsdp2",)), ((0, 1), zero3)]
     for number, (ranks, strategy) in enumerate(chain, 1):
