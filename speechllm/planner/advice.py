@@ -166,6 +166,7 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
             if shortcuts.label_logits and architecture.plain_head and not plain
             else None
         ),
+        stored_frames={"off": 0, "bf16": 2, "int8": 1}[shortcuts.encoder_cache],
     )
 
 

@@ -33,6 +33,8 @@ class Job:
     objective is held. cached: keys and values of the prefix are computed once a run. packing: all
     utterances are in one row. label_logits: positions without a label have no logits.
     logits_limit: bytes of fp32 logits at a time; None where all are there at once.
+    stored_frames: bytes of a number of the encoder's outputs where those are read and the encoder
+    is not run, else 0.
     """
 
     architecture: Architecture
@@ -46,6 +48,7 @@ class Job:
     packing: bool
     label_logits: bool
     logits_limit: int | None
+    stored_frames: int
 
     def rows(self, shape: Shape) -> Rows:
         """What `speechllm.model.shortcuts.Shortcuts.lay_out` makes of that microbatch."""
@@ -83,8 +86,8 @@ def estimate_memory(job: Job, shape: Shape, strategy: str) -> dict[str, int]:
 
 
 def moments(job: Job, shape: Shape) -> list[Moment]:
-    """The encoder's forward; the start of the LLM's backward; the end of it, where the connector's
-    gradients are made."""
+    """The encoder's forward, or its outputs as they are decoded; the start of the LLM's backward;
+    the end of it, where the connector's gradients are made."""
     about, setting, rows = job.architecture, job.setting, job.rows(shape)
     below = kept.connector(about, setting, shape)
     if about.whisper is not None:
@@ -92,6 +95,9 @@ def moments(job: Job, shape: Shape) -> list[Moment]:
         if setting.checkpointing:
             frame = about.whisper.width * setting.compute
         below += about.unfrozen_layers * frame * shape.rows * shape.frames
+    frames = kept.encoder_forward(about, setting, shape)
+    if job.stored_frames:
+        frames = shape.rows * shape.frames * about.frame_width * setting.compute
     scored = shape.labels if job.label_logits else rows.positions
     logits = kept.logits(about.llm, setting, scored, job.logits_limit)
     above = kept.decoder(about, setting, rows)
@@ -100,7 +106,7 @@ def moments(job: Job, shape: Shape) -> list[Moment]:
     inputs = kept.product_inputs(about, setting, rows)
     all_inputs = 0 if setting.checkpointing else about.llm.layers * inputs
     return [
-        Moment(kept.encoder_forward(about, setting, shape)),
+        Moment(frames),
         Moment(below + above, logits, product_inputs=all_inputs),
         Moment(below + above + layer, product_inputs=all_inputs or inputs),
         Moment(below + kept.connector_backward(about, setting, shape, rows), backward=True),
@@ -120,6 +126,8 @@ def _parts(job: Job, shape: Shape, strategy: str, moment: Moment) -> dict[str, i
     parts["prefix"] = kept.prefix(about.llm, job.setting, shape) if job.cached else 0
     parts["activations"], parts["logits"] = moment.activations, moment.logits
     parts["batch"] = audio_bytes(shape)
+    if job.stored_frames:
+        parts["batch"] = shape.rows * shape.frames * about.frame_width * job.stored_frames
     match strategy:
         case "ddp":
             parts["trainable"], parts["optimizer"] = trained, 2 * trained

@@ -278,6 +278,15 @@ def test_a_prefix_in_memory_saves_its_positions() -> None:
     assert cached["activations"] + cached["prefix"] < whole["activations"]
 
 
+def test_outputs_of_the_encoder_that_are_read_in_place_of_audio() -> None:
+    shape = Shape(4, 200, tokens=60, frames=1500, labels=80)
+    config = large("performance.encoder_cache=int8")
+    read, heard = job(config, 1), job(large(), 1)
+    assert moments(read, shape)[0].activations == 4 * 1500 * 1280 * 2
+    assert moments(read, shape)[1:] == moments(heard, shape)[1:]
+    assert estimate_memory(read, shape, "ddp")["batch"] == 4 * 1500 * 1280
+
+
 def test_the_plain_path_is_advised_in_utterances() -> None:
     config = large("performance.preset=plain", "performance.plain_utterances=4")
     plan = plan_of(config, gpus=1, gib=24)
