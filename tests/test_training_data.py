@@ -31,7 +31,7 @@ from speechllm.errors import CheckpointError, ConfigError
 from speechllm.planner.workload import of_split
 from speechllm.prepare import Split, TextSide, prepare_text
 from speechllm.train import DONE, STOPPED, train
-from speechllm.training_data import epoch_plans, open_training, train_loader
+from speechllm.training_data import data_identity, epoch_plans, open_training, train_loader
 from speechllm.types import StepData
 from speechllm.world import World
 
@@ -186,14 +186,21 @@ def test_the_plan_knows_every_rows_positions(corpora: Path, mixture: bool) -> No
 def test_texts_are_counted_where_that_is_cheap(
     corpora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    identities = []
+
     def counts(*overrides: str) -> bool:
-        return opened(mixed(corpora, *overrides))[0].texts is not None
+        config = mixed(corpora, *overrides)
+        split, _ = opened(config)
+        identities.append(data_identity(config, split))
+        return split.texts is not None
 
     assert counts()
     assert not counts("data.text_tokens=estimate")
     monkeypatch.setattr(speechllm.prepare, "COUNTED_UTTERANCES", 38)
     assert not counts()
     assert counts("data.text_tokens=exact")
+    counted, guessed, guessed_again, counted_again = identities
+    assert counted == counted_again != guessed == guessed_again, "orders differ, and it is said"
     monkeypatch.setattr(speechllm.prepare, "local_path", lambda tar: None)
     with pytest.raises(ConfigError, match=r"is remote.*data\.text_tokens=estimate"):
         counts("data.text_tokens=exact")

@@ -24,7 +24,8 @@ class Performance(Section):
     prefix_cache: Literal["auto", "off"] = Field(
         "auto",
         description="Keys and values of the prompt before the audio are computed once a run and "
-        "not in every row of every step. `auto`: wherever the LLM is frozen as a whole.",
+        "not in every row of every step; of several prompts, those of the tokens that all begin "
+        "with. `auto`: wherever the LLM is frozen as a whole.",
     )
     packing: Literal["auto", "on", "off"] = Field(
         "auto",
