@@ -175,7 +175,12 @@ def test_layers_share_their_machine_code_though_each_reads_its_own_prefix(
 
 
 @needs_compiler
-def test_machine_code_computes_the_same() -> None:
+def test_machine_code_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inductor else compiles and runs trial programs for each set of vector instructions, and all
+    # headers once for later, in processes of its own: longer work than what is compiled here.
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)
+    monkeypatch.setattr(torch._inductor.config.cpp, "simdlen", 1)
+    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)
     connector = tiny_speech_llm(model_config(connector="linear")).connector
     frames_ATD, counts_A = torch.randn(3, 22, 64), torch.tensor([22, 9, 17])
     results = []
