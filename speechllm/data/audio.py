@@ -1,4 +1,4 @@
-"""Audio of any kind that libsndfile reads -> int16 mono at 16 kHz, FLAC also without it.
+"""Audio of any kind that libsndfile reads -> int16 mono at 16 kHz; FLAC and plain WAV without it.
 
 Every AudioError raised here reads `KIND: what exactly`, where KIND is one of a few fixed words
 (`missing`, `unreadable`, `undecodable`, `unsupported`, `empty`, `not finite`, `bad segment`,
@@ -19,6 +19,7 @@ import soxr
 
 from speechllm.data.files import local_path, read_bytes
 from speechllm.data.flac import decode_flac
+from speechllm.data.wav import decode_wav
 from speechllm.errors import AudioError, DataError
 from speechllm.types import SAMPLE_RATE
 
@@ -80,7 +81,7 @@ def load_audio(
     extension = extension_of(path)
     local = local_path(path)
     is_whole = start is None and end is None
-    if local is None or (is_whole and extension == "flac"):
+    if local is None or (is_whole and extension in ("flac", "wav")):
         return _decode(read_source(path), extension, start, end, channel)[0]
     require_file(local)
     return _decode(local, extension, start, end, channel)[0]
@@ -201,10 +202,12 @@ def _decode(
     source: its path or its bytes.
     """
     is_whole = start is None and end is None
-    if isinstance(source, bytes) and is_whole and (found := decode_flac(source)):
-        samples, rate = found
-        _check_channel(channel, samples.shape[1])
-        return _converted(samples, rate, channel), rate
+    if isinstance(source, bytes) and is_whole:
+        found = decode_flac(source) or decode_wav(source)
+        if found is not None:
+            samples, rate = found
+            _check_channel(channel, samples.shape[1])
+            return _converted(samples, rate, channel), rate
     with _open(io.BytesIO(source) if isinstance(source, bytes) else source, extension) as sound:
         rate = sound.samplerate
         _check_channel(channel, sound.channels)
