@@ -90,10 +90,11 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> Non
     if train is not None:
         findings.lines += [f"           {line}" for line in in_words(train)]
         plan = epoch_plans(config, train)(0)
+        padding = plan.padding_behind(_cached(config, text))
         findings.good(
             f"an epoch is {plan.num_steps} steps of "
             f"{config.data.microbatches_per_step} microbatches, padding "
-            f"{100 * plan.padding_fraction:.1f} %; {config.train.steps} steps are "
+            f"{100 * padding:.1f} %; {config.train.steps} steps are "
             f"{config.train.steps / plan.num_steps:.1f} epochs"
         )
         _check_features(config, train, key, findings)
@@ -103,6 +104,14 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> Non
             _check_features(config, validation, "data.validation", findings)
     if train is not None and preview is not None:
         _write_preview(config, train, preview, findings)
+
+
+def _cached(config: Config, text: TextSide) -> int:
+    """Positions of a row that the LLM does not run."""
+    machine = machine_here(config, gpus=None, nodes=1, gpu_memory=None)
+    return (
+        len(text.prefix) if job_of(config, read_architecture(config.model), machine).cached else 0
+    )
 
 
 def _check_features(config: Config, split: Split, key: str, findings: Findings) -> None:

@@ -258,12 +258,16 @@ def _say_what_runs(
         "%d rank(s) on %s, %s; %.1f M parameters train, %.1f M are frozen",
         world.size, world.device.type, config.precision, trained / 1e6, frozen / 1e6,
     )  # fmt: skip
-    plain = config.performance.preset == "plain"  # whose plan knows no lengths
+    if config.performance.preset == "plain":  # whose plan knows no lengths
+        padding = f"{config.performance.plain_utterances} utterances in each"
+    elif config.performance.packing == "on":
+        padding = "without padding"
+    else:
+        planned = plan.padding_behind(len(model.shortcuts.prefix))
+        padding = f"padding {100 * planned:.1f} %"
     logger.info(
         "%d utterances, %.2f h; an epoch is %d steps of %d microbatches, %s",
-        len(kept), train.hours, plan.num_steps, config.data.microbatches_per_step,
-        f"{config.performance.plain_utterances} utterances in each" if plain
-        else f"padding {100 * plan.padding_fraction:.1f} %",
+        len(kept), train.hours, plan.num_steps, config.data.microbatches_per_step, padding,
     )  # fmt: skip
     for line in in_words(train):
         logger.info("%s", line)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ def test_ready(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str])
     assert main(["check", *command]) == 0
     found = capsys.readouterr().out
     assert "48 utterances" in found
-    assert "an epoch is 2 steps" in found
+    padding = re.search("an epoch is 2 steps of 2 microbatches, padding [0-9.]+ %", found)
+    assert padding
     assert "memory: 0.3 M frozen and 0.1 M trained" in found
     assert "would start anew" in found
     assert not run.exists(), "check writes nothing"
     assert main(["train", *command, "train.steps=1"]) == 0
+    assert padding[0] in (run / "train.log").read_text()
     assert main(["check", *command]) == 0
     assert "would resume after step 1" in capsys.readouterr().out
 

@@ -87,6 +87,13 @@ def test_every_utterance_as_often_as_it_is_kept_in_the_budget_in_steps_of_m(case
     assert [whole.microbatch(m).tolist() for m in range(len(padded))] == [
         m for step in steps for m in step
     ]
+    if case.kept.size and plan.num_windows == 1:
+        least = int(case.costs[case.kept].min())
+        padding = plan.padding_fraction
+        for prefix in (0, least - 1, least // 2):  # as many positions are padding, of fewer
+            behind = plan.padding_behind(prefix)
+            assert behind >= padding
+            assert (behind > padding) == (padding > 0 and prefix > 0)
     if flat:
         assert whole.padding_fraction == pytest.approx(1 - case.costs[flat].sum() / sum(padded))
 
