@@ -129,7 +129,8 @@ def _leaks(text: str) -> tuple[str, ...]:
 def open_split(pattern: str) -> Split:
     """Raises UserError where there is nothing to check. Indexes that do not fit are findings."""
     files = look_at_files(pattern)
-    tars, durations = [], [np.zeros(0)]
+    tars = []
+    durations: list[np.ndarray] = [np.zeros(0)]
     for tar in files.tars:
         try:
             durations.append(np.from_dlpack(open_index(tar).rows.column("duration")).copy())

@@ -310,8 +310,9 @@ def _stamps(tar: str) -> tuple[Stat, Stat] | None:
 
 def _summary(tars: Sequence[str], cache: BlockCache | None) -> dict[str, np.ndarray]:
     """The arrays of a corpus. Raises DataError for the first shard that cannot be used."""
-    digest = hashlib.sha256()
-    sizes, durations, text_lengths = [], [np.empty(0)], [np.empty(0, np.int32)]
+    digest, sizes = hashlib.sha256(), []
+    durations: list[np.ndarray] = [np.empty(0)]
+    text_lengths: list[np.ndarray] = [np.empty(0, np.int32)]
     for index in _opened(tars, cache):
         name = index.tar.rsplit("/", 1)[-1]
         digest.update(f"{name}\0{index.tar_size}\0{index.header_hash}\0".encode())
