@@ -90,7 +90,8 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> Non
     if train is not None:
         findings.lines += [f"           {line}" for line in in_words(train)]
         plan = epoch_plans(config, train)(0)
-        padding = plan.padding_behind(_cached(config, text))
+        packed = config.performance.packing == "on"
+        padding = 0.0 if packed else plan.padding_behind(_cached(config, text))
         findings.good(
             f"an epoch is {plan.num_steps} steps of "
             f"{config.data.microbatches_per_step} microbatches, padding "

@@ -4,7 +4,7 @@ arXiv:2304.11277), and each rank reads only its own rows of the frozen weights."
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,24 +123,25 @@ def _shard(model: SpeechLLM, mesh: DeviceMesh, *, keep_gathered: bool) -> None:
             fully_shard(layer, mesh=mesh, reshard_after_forward=not keep_gathered)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     register_fsdp_forward_method(model, "generate")
-    _fetch_nothing_below(_last_in_backward(model))
+    _fetch_nothing_below(_layers_with_backward(model)[:1])
 
 
-def _last_in_backward(model: SpeechLLM) -> nn.Module:
-    """The layer with which the backward ends; what trains below it is in no layer."""
-    trained = (
+def _layers_with_backward(model: SpeechLLM) -> list[nn.Module]:
+    """In the order of the forward: those of the encoder that train, all of the LLM."""
+    trained = [
         layer
         for layer in transformer_layers(model.encoder)
         if any(parameter.requires_grad for parameter in layer.parameters())
-    )
-    return next(trained, transformer_layers(model.llm)[0])
+    ]
+    return [*trained, *transformer_layers(model.llm)]
 
 
-def _fetch_nothing_below(layer: nn.Module) -> None:
+def _fetch_nothing_below(layers: Sequence[nn.Module]) -> None:
     """In its backward a layer has the one gathered that ran before it: here one of the frozen
     encoder, which has no backward. What is named in its place is gathered already."""
-    assert isinstance(layer, FSDPModule)
-    layer.set_modules_to_backward_prefetch([layer])
+    for layer in layers:
+        assert isinstance(layer, FSDPModule)
+        layer.set_modules_to_backward_prefetch([layer])
 
 
 def _read_frozen_rows(model: SpeechLLM, files: FrozenWeights, world: World) -> None:
