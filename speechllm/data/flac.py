@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 try:
-    from miniaudio import ffi, lib  # type: ignore[import-untyped]
+    from miniaudio import ffi, lib
 except ImportError:
     lib = None
 
