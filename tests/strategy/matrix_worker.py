@@ -35,8 +35,7 @@ from speechllm.types import StepData
 from speechllm.world import World
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
-STEPS = {1: 8, 3: 6}  # of a case, by microbatches a rank
-CUT, CONTINUED = 4, 2  # the step a pair goes on from; how far
+STEPS, CUT, CONTINUED = 12, 6, 2  # of a case; the step a pair goes on from; how far
 ADAPTED_STEPS = 3
 MAX_GRAD_NORM = 0.02  # below the norm of every step
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -86,7 +85,7 @@ class Data:
                 num_workers=0, prefetch=1,
             )  # fmt: skip
             with closing(loader.steps(0, 0)) as steps:
-                self._steps[key] = list(itertools.islice(steps, max(STEPS.values())))
+                self._steps[key] = list(itertools.islice(steps, STEPS))
         return self._steps[key]
 
 
@@ -185,14 +184,14 @@ class Matrix:
             self.keep(f"{name}/{cut}", curve, strategy.full_state())
             done = cut
 
-    def case(self, name: str, config: Config, count: int) -> None:
+    def case(self, name: str, config: Config, count: int = STEPS) -> None:
         _, strategy = self.build(config, self.world)
         steps = self.data.steps(config, self.world)[:count]
         self.keep(name, train(strategy, config, self.world, steps), strategy.full_state())
 
     def faults(self) -> None:
         config = self.settings("ddp", "fp32", 3)
-        steps = self.data.steps(config, self.world)[: STEPS[3]]
+        steps = self.data.steps(config, self.world)
         for name, kind, totals_of in (
             ("mean_of_means", DDPStrategy, mean_of_means),
             ("skipped_sync", SkippedSync, as_it_is),
@@ -211,7 +210,7 @@ class Matrix:
             model, strategy = self.build(config, self.world)
             curve = train(strategy, config, self.world, steps[:CUT])
             states[kind] = strategy.full_state()
-            rest = train(strategy, config, self.world, steps[CUT : STEPS[1]], CUT)
+            rest = train(strategy, config, self.world, steps[CUT:], CUT)
             curve = Curve(curve.losses + rest.losses, curve.norms + rest.norms)
             self.keep(f"{kind}/fp32/1", curve, strategy.full_state())
             engines[kind] = (config, model, strategy)
@@ -250,15 +249,15 @@ def run_matrix(world: World, shards: Path, directory: Path) -> dict[str, Any]:
     `alone/MICROBATCHES_PER_RANK/STEPS`, `fault/NAME`, `BEFORE-AFTER` from step CUT on, and
     {generate/STRATEGY: by rank, [utterance, text]}. Weights are in DIRECTORY/CASE.safetensors."""
     matrix = Matrix(world, shards, directory)
-    matrix.alone("alone/1", per_rank=1, cuts=(CUT + CONTINUED, STEPS[1]))
-    matrix.alone("alone/3", per_rank=3, cuts=(STEPS[3],))
+    matrix.alone("alone/1", per_rank=1, cuts=(CUT + CONTINUED, STEPS))
+    matrix.alone("alone/3", per_rank=3, cuts=(STEPS,))
     matrix.alone("adapted/alone/1", *ADAPTED, per_rank=1, cuts=(ADAPTED_STEPS,))
     matrix.pairs()
     matrix.faults()
     for kind in STRATEGIES:
         for precision, per_rank in (("fp32", 3), ("bf16", 1), ("bf16", 3)):
             config = matrix.settings(kind, precision, per_rank)
-            matrix.case(f"{kind}/{precision}/{per_rank}", config, STEPS[per_rank])
+            matrix.case(f"{kind}/{precision}/{per_rank}", config)
         for precision in ("fp32", "bf16"):
             config = matrix.settings(kind, precision, 1, *ADAPTED)
             matrix.case(f"adapted/{kind}/{precision}/1", config, ADAPTED_STEPS)

@@ -394,7 +394,7 @@ def free_port() -> str:
 
 
 def test_every_launcher_carries_the_same_run_on(tmp_path: Path, shards: Path) -> None:
-    """deepspeed's launcher over two nodes, the same on its own, and two ranks of no launcher."""
+    """Two ranks each: deepspeed's launcher over two nodes, the same on one, and forks."""
     hosts = tmp_path / "hosts"
     hosts.write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     port, other_port = free_port(), free_port()
@@ -403,7 +403,7 @@ def test_every_launcher_carries_the_same_run_on(tmp_path: Path, shards: Path) ->
          "--master_addr", "127.0.0.1", "--master_port", port, "--module", "speechllm"]
         for rank in range(2)
     ]  # fmt: skip
-    one = ["deepspeed", "--num_accelerators", "1", "--master_port", other_port]
+    here = ["deepspeed", "--num_accelerators", "2", "--master_port", other_port]
 
     def command(kind: str, steps: int) -> list[str]:
         return [
@@ -413,7 +413,7 @@ def test_every_launcher_carries_the_same_run_on(tmp_path: Path, shards: Path) ->
         ]  # fmt: skip
 
     outputs = finished(nodes, command("zero2", 2))
-    outputs += finished([[*one, "--module", "speechllm"]], command("zero3", 4))
+    outputs += finished([[*here, "--module", "speechllm"]], command("zero3", 4))
     imported()
     ended = Ranks(tmp_path / "ranks", command("zero3_offload", 6)).wait()
     assert ended.codes == [0, 0], ended.logs
