@@ -75,26 +75,24 @@ def step_messages(job: Job, strategy: str) -> tuple[Message, ...]:
 
 
 def _fsdp2(job: Job) -> tuple[Message, Message]:
-    """Layers are gathered for the forward and those of the LLM for the backward, in each
-    microbatch, and once more the encoder's last: FSDP2 fetches ahead in the backward whatever came
-    before in the forward. All else is gathered once a step, as are the layers with
+    """Layers are gathered for the forward and those of the LLM and what trains of the encoder for
+    the backward, in each microbatch. All else is gathered once a step, as are the layers with
     `reshard_after_forward: false`."""
     about, size, often = job.architecture, job.setting.frozen, job.microbatches
     layers = about.llm.layers
     llm_layers = size * layers * about.llm.layer_parameters + FLOAT * about.lora_parameters
-    encoder_layers = encoder_trained = encoder_units = ahead = 0
+    encoder_layers = encoder_trained = encoder_units = 0
     if about.whisper is not None:
         encoder_units, layer = about.whisper.layers, about.whisper.layer_parameters
         frozen = encoder_units - about.unfrozen_layers
-        ahead = size * layer if frozen else 0
         encoder_layers = size * frozen * layer
         encoder_trained = FLOAT * about.unfrozen_layers * layer
     trained = FLOAT * about.trained_parameters
     everything = size * about.frozen_parameters + trained
     root = everything - llm_layers - encoder_layers - encoder_trained
     if job.reshard:
-        gathered = root + often * (encoder_layers + ahead + 2 * encoder_trained + 2 * llm_layers)
-        gathers = 1 + often * (encoder_units + (ahead > 0) + about.unfrozen_layers + 2 * layers)
+        gathered = root + often * (encoder_layers + 2 * encoder_trained + 2 * llm_layers)
+        gathers = 1 + often * (encoder_units + about.unfrozen_layers + 2 * layers)
     else:
         gathered, gathers, often = everything, 1 + encoder_units + layers, 1
     units = 1 + about.unfrozen_layers + (layers if about.lora_parameters else 0)
