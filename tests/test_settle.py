@@ -107,7 +107,7 @@ def test_what_is_asked_for_is_not_measured(large: str) -> None:
 
 def test_attention_is_really_measured(large: str) -> None:
     config = load_config(TINY, [large, "data.microbatch_tokens=256"])
-    assert settled(config).model.llm.attention in ("eager", "sdpa")
+    assert settled(config).model.llm.attention in ("eager", "sdpa", "grouped")
 
 
 @pytest.mark.parametrize(("fp32", "chosen"), [(2.0, "bf16"), (0.95, "bf16"), (0.5, "fp32")])
