@@ -85,6 +85,7 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> Non
     except UserError as error:
         findings.bad(f"prompt: {error}")
         return
+    findings.lines += [f"  advice   {line}" for line in text.advice]
     key = training_key(config)
     train = _opened(key, lambda: open_training(config, text), findings)
     if train is not None:

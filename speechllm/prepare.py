@@ -54,6 +54,12 @@ class TextSide:
         own."""
         return common_prefix(p.prefix for p in (self.prompter, *self.prompters.values()))
 
+    @property
+    def advice(self) -> list[str]:
+        """What would be better in the prompts."""
+        found = (p.advice for p in (self.prompter, *self.prompters.values()))
+        return sorted({advice for advice in found if advice is not None})
+
 
 @dataclass(frozen=True)
 class Split:

@@ -110,7 +110,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     progress = checkpoint.progress if checkpoint is not None else Progress()
     if world.is_main:
         _write_config(config, directory)
-    _say_what_runs(config, world, model, train, plan_of(progress.epoch), progress)
+    _say_what_runs(config, world, model, text, train, plan_of(progress.epoch), progress)
     loader = train_loader(config, train, text, plan_of, rank=world.rank, world=world.size)
     writer = metrics = status = None
     if world.is_main:
@@ -245,6 +245,7 @@ def _say_what_runs(
     config: Config,
     world: World,
     model: SpeechLLM,
+    text: TextSide,
     train: Split,
     plan: EpochPlan,
     progress: Progress,
@@ -271,6 +272,8 @@ def _say_what_runs(
     )  # fmt: skip
     for line in in_words(train):
         logger.info("%s", line)
+    for line in text.advice:
+        logger.warning("%s", line)
     waste = -config.data.microbatches_per_step % world.size
     if waste:
         logger.warning(

@@ -28,6 +28,17 @@ def test_ready(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str])
     assert "would resume after step 1" in capsys.readouterr().out
 
 
+def test_a_prompt_that_begins_with_the_audio(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["model.prompt.kind=plain", "model.prompt.texts=['{audio}']"]
+    command = [TINY, f"data.train={shards}", f"run_dir={tmp_path / 'run'}", *plain]
+    assert main(["check", *command]) == 0
+    assert "advice   model.prompt.texts: '{audio}' begins with the audio" in capsys.readouterr().out
+    assert main(["train", *command, "train.steps=1", "data.num_workers=0"]) == 0
+    assert "begins with the audio" in (tmp_path / "run" / "train.log").read_text()
+
+
 def test_a_choice_that_training_makes_is_not_foretold(
     tmp_path: Path,
     shards: Path,

@@ -69,6 +69,25 @@ class Prompter:
     def max_prompt_tokens(self) -> int:
         return max(self.prompt_tokens)
 
+    @property
+    def advice(self) -> str | None:
+        """What is wrong with texts that begin with the audio, and the remedy.
+
+        The LLM's attention sink (Xiao et al., 2024, "Efficient streaming language models with
+        attention sinks") is the first position. Where that is an audio token, the gradient of the
+        connector runs through activations a hundred times larger than any other; what that costs
+        is in docs/decisions.md.
+        """
+        texts = [text for text in self._prompt.texts if not self.pieces(text)[0]]
+        if not texts:
+            return None
+        first = self._tokenizer.bos_token or self._tokenizer.eos_token
+        return (
+            f"model.prompt.texts: {texts[0]!r} begins with the audio, which then is the LLM's "
+            f"attention sink and trains badly; begin with the LLM's first token: "
+            f"{first + texts[0]!r}"
+        )
+
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of all that the tokens of targets and prompts follow from."""

@@ -176,6 +176,19 @@ def test_empty_pieces_make_no_segment(tokenizer) -> None:
     assert prompter.max_prompt_tokens == 1
 
 
+def test_a_prompt_that_begins_with_the_audio_is_advised_against(tokenizer) -> None:
+    bare = Prompter(tokenizer, Prompt(kind="plain", texts=("Say {audio}", "{audio}\n")), 0)
+    assert bare.advice is not None
+    first = tokenizer.bos_token or tokenizer.eos_token
+    better = first + "{audio}\n"
+    assert f"{better!r}" in bare.advice
+    mended = Prompter(tokenizer, Prompt(kind="plain", texts=("Say {audio}", better)), 0)
+    assert mended.advice is None
+    (opening,) = mended.pieces(better)[0]  # one token, and the special one
+    assert tokenizer.decode([opening]) == first
+    assert Prompter(tokenizer, Prompt(texts="{audio}"), 0).advice is None, "a chat's turn is opened"
+
+
 def test_the_prefix_is_what_all_configured_texts_begin_with(tokenizer) -> None:
     about = Prompt(texts=("Please write: {audio}", "Please transcribe this. {audio}"))
     prompter = Prompter(tokenizer, about, 0)
