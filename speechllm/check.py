@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from speechllm.checkpoint import complete_checkpoints, read_checkpoint
+from speechllm.checkpoint import complete_checkpoints, read_checkpoint, refuse_other_identity
 from speechllm.config.schema import Config
-from speechllm.errors import UserError
+from speechllm.errors import CheckpointError, UserError
 from speechllm.features import read_features
+from speechllm.identity import run_identity
 from speechllm.model.identity import missing
 from speechllm.planner.advice import config_name, job_of, machine_here, worst_parts
 from speechllm.planner.architecture import read_architecture
@@ -56,10 +58,11 @@ def check(config: Config, *, preview: Path | None = None) -> Findings:
         settled = settle(config, device)
         findings.lines += _choices(config, settled, device)
         _check_memory(settled, findings, chosen=config.train.activation_checkpointing == "auto")
-        _check_data(settled, findings, preview)
+        about = _check_data(settled, findings, preview)
     else:
+        about = None
         findings.lines.append("  -        shards: not looked at, their cost needs the tokenizer")
-    _check_run_dir(config, findings)
+    _check_run_dir(config, about, findings)
     findings.lines.append("ready to train" if findings.ready else "not ready to train")
     return findings
 
@@ -79,12 +82,13 @@ def _choices(asked: Config, settled: Config, device: torch.device) -> list[str]:
     return found
 
 
-def _check_data(config: Config, findings: Findings, preview: Path | None) -> None:
+def _check_data(config: Config, findings: Findings, preview: Path | None) -> dict[str, Any] | None:
+    """What a run's checkpoints would belong to, where that can be said."""
     try:
         text = prepare_text(config)
     except UserError as error:
         findings.bad(f"prompt: {error}")
-        return
+        return None
     findings.lines += [f"  advice   {line}" for line in text.advice]
     key = training_key(config)
     train = _opened(key, lambda: open_training(config, text), findings)
@@ -104,8 +108,11 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> Non
         validation = _opened("data.validation", lambda: _validation(config, text), findings)
         if validation is not None:
             _check_features(config, validation, "data.validation", findings)
-    if train is not None and preview is not None:
+    if train is None:
+        return None
+    if preview is not None:
         _write_preview(config, train, preview, findings)
+    return run_identity(config, text, train)
 
 
 def _cached(config: Config, text: TextSide) -> int:
@@ -183,13 +190,19 @@ def _check_memory(config: Config, findings: Findings, *, chosen: bool) -> None:
         findings.bad(f"{text}; `speechllm plan` says what fits")
 
 
-def _check_run_dir(config: Config, findings: Findings) -> None:
+def _check_run_dir(config: Config, about: dict[str, Any] | None, findings: Findings) -> None:
     if config.run_dir is None:
         findings.bad("run_dir is not set; say where to write the run: run_dir=exp/NAME")
         return
     complete = complete_checkpoints(Path(config.run_dir))
-    if complete:
-        progress = read_checkpoint(complete[-1]).progress
-        findings.good(f"run_dir {config.run_dir}: would resume after step {progress.step}")
-    else:
+    if not complete:
         findings.good(f"run_dir {config.run_dir}: would start anew")
+        return
+    try:
+        found = read_checkpoint(complete[-1])
+        if about is not None:
+            refuse_other_identity(found.identity, about, found.path)
+    except CheckpointError as error:
+        findings.bad(f"run_dir {error}")
+    else:
+        findings.good(f"run_dir {config.run_dir}: would resume after step {found.progress.step}")

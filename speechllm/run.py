@@ -23,9 +23,9 @@ from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import EpochPlan
 from speechllm.errors import ConfigError
 from speechllm.features import read_features
+from speechllm.identity import run_identity
 from speechllm.lease import lease_of_environment
 from speechllm.log import close_logging, logger, set_up_logging
-from speechllm.model.identity import identity
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.planner.workload import of_split
 from speechllm.prepare import (
@@ -43,7 +43,6 @@ from speechllm.snapshot import CheckpointWriter, read_trainable
 from speechllm.strategy.base import Strategy
 from speechllm.strategy.build import build_strategy
 from speechllm.training_data import (
-    data_identity,
     epoch_plans,
     in_words,
     open_training,
@@ -98,7 +97,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     if validation is not None:
         validation = read_features(config, validation, "data.validation")
     plan_of = epoch_plans(config, train)
-    about = identity(config.model, text.tokenizer) | _meaning(config) | data_identity(config, train)
+    about = run_identity(config, text, train)
     if checkpoint is not None:
         refuse_other_identity(checkpoint.identity, about, checkpoint.path)
     ctc = config.train.ctc_steps > 0
@@ -145,22 +144,6 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
         status=status,
         line=line,
     )
-
-
-def _meaning(config: Config) -> dict[str, Any]:
-    """Settings under which the same weights would mean something else, though they fit.
-
-    None is what a checkpoint without the key means.
-    """
-    model = config.model.model_dump(mode="json")
-    lora = model["lora"]
-    return {
-        "model.connector": {k: v for k, v in model["connector"].items() if k != "dropout"},
-        "model.encoder.context": model["encoder"].get("context"),
-        "model.prompt": model["prompt"],
-        "model.lora": {k: v for k, v in lora.items() if k != "dropout"} if lora["rank"] else None,
-        "model.unfreeze_encoder_layers": config.model.unfreeze_encoder_layers or None,
-    }
 
 
 def run_directory(config: Config) -> Path:

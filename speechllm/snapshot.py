@@ -129,13 +129,16 @@ class CheckpointWriter:
                 self.lease.check()
             if final.exists():  # an incomplete one of the same name
                 shutil.rmtree(final)
+            # Before it is there: a kill in between leaves a link to nothing, which the run mends
+            # as it goes on. The other way round the run could be over, and the link on an old one.
+            self._point_to_best(best, step)
             aside.rename(final)
             _fsync(final.parent)
-        self._point_to_best(best)
+        self._point_to_best(best, step)
         self._forget(best)
 
-    def _point_to_best(self, best: list[int]) -> None:
-        if best and checkpoint_path(self.run_dir, best[0]).is_dir():
+    def _point_to_best(self, best: list[int], step: int) -> None:
+        if best and (best[0] == step or checkpoint_path(self.run_dir, best[0]).is_dir()):
             aside = self.run_dir / ".best"
             aside.unlink(missing_ok=True)
             aside.symlink_to(Path("checkpoints") / checkpoint_path(self.run_dir, best[0]).name)

@@ -26,6 +26,10 @@ def test_ready(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str])
     assert padding[0] in (run / "train.log").read_text()
     assert main(["check", *command]) == 0
     assert "would resume after step 1" in capsys.readouterr().out
+    assert main(["check", *command, "data.window=7"]) == 2
+    found = capsys.readouterr().out
+    assert "MISSING  run_dir" in found
+    assert "data.window: checkpoint 20000, this run 7" in found
 
 
 def test_a_prompt_that_begins_with_the_audio(

@@ -76,6 +76,27 @@ def test_a_better_one_moves_best_and_lets_the_former_go(tmp_path: Path) -> None:
     assert (tmp_path / "best" / "COMPLETE").is_file()
 
 
+def test_a_kill_before_the_best_is_there_leaves_no_link_to_an_older_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, [1], best=[1])
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> Path:
+        if target == checkpoint_path(tmp_path, 2):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, [2], best=[2])
+    assert os.readlink(tmp_path / "best") == "checkpoints/step_00000002"
+    assert find_checkpoint(tmp_path) == checkpoint_path(tmp_path, 1), "a link to nothing"
+    monkeypatch.undo()
+    write(tmp_path, [2], best=[2])
+    assert find_checkpoint(tmp_path).name == "step_00000002"
+
+
 def test_without_best_ones_nothing_points_to_them(tmp_path: Path) -> None:
     write(tmp_path, [1, 2], best=[1], n_best=0)
     assert [p.name for p in complete_checkpoints(tmp_path)] == ["step_00000002"]

@@ -34,6 +34,7 @@ FLOORS = {  # unit of the package (a file or a sub-package) -> floor
     "failure": SECOND,
     "features": SECOND,
     "generate": SECOND,
+    "identity": SECOND,
     "prepare": SECOND,
     "snapshot": SECOND,
     "strategy": SECOND,
