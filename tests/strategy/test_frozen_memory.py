@@ -29,6 +29,9 @@ from speechllm.world import World
 pytestmark = pytest.mark.distributed
 
 MIB = 1 << 20
+# What loading writes besides the weights: objects, and pages of the heap of all earlier tests, which
+# differ from one order of tests to another by MiB. ZeRO-3 has flat buffers besides.
+BESIDES, BESIDES_ZERO3 = 12 * MIB, 20 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +123,7 @@ def test_fsdp2_reads_and_holds_one_share(
         assert found["held"] == pytest.approx(frozen / ranks, rel=0.01)
         # Besides: headers, configuration, 260 rows of the embeddings for the connector's scale.
         assert frozen / ranks <= found["read"] <= frozen / ranks + 2 * MIB
-        assert frozen / ranks <= found["written"] <= frozen / ranks + 8 * MIB
+        assert frozen / ranks <= found["written"] <= frozen / ranks + BESIDES
         assert found["private"] + found["shared"] == 0
 
 
@@ -132,7 +135,7 @@ def test_zero3_holds_one_share(tmp_path: Path, llm: Path, frozen: int, ranks: in
     )
     for found in on_ranks(ranks, tmp_path, lambda world: load(config, world)):
         assert found["held"] == pytest.approx(frozen / ranks, rel=0.02)
-        assert frozen / ranks <= found["written"] <= frozen / ranks + 14 * MIB
+        assert frozen / ranks <= found["written"] <= frozen / ranks + BESIDES_ZERO3
 
 
 def test_ddp_maps_what_has_the_right_type_and_shares_it(
@@ -142,6 +145,6 @@ def test_ddp_maps_what_has_the_right_type_and_shares_it(
         2, tmp_path, lambda world: load(config_of(llm, "strategy.kind=ddp"), world)
     ):
         assert found["held"] == frozen
-        assert found["written"] <= 8 * MIB
+        assert found["written"] <= BESIDES
         assert found["shared"] >= frozen
         assert found["private"] <= MIB
