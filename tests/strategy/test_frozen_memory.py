@@ -29,8 +29,8 @@ from speechllm.world import World
 pytestmark = pytest.mark.distributed
 
 MIB = 1 << 20
-# What loading writes besides the weights: objects, and pages of the heap of all earlier tests, which
-# differ from one order of tests to another by MiB. ZeRO-3 has flat buffers besides.
+# What loading writes besides weights: objects, and pages of the heap of all earlier tests, which
+# differ from one order of tests to another by MiB. ZeRO-3 has flat buffers, too.
 BESIDES, BESIDES_ZERO3 = 12 * MIB, 20 * MIB
 
 
