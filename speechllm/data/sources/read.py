@@ -36,8 +36,10 @@ def read_sources(specs: Sequence[str], options: SourceOptions) -> Manifest:
         prefix, constants = spec.get("prefix", ""), spec.constants()
         builder.begin(source.label, source.root)
         for number, utterance in islice(source.utterances, spec.limit):
-            if prefix or constants:
-                fields = {**utterance.fields, **constants}
+            # A column `text` beside the one that text= names would take its place in the shard.
+            unwanted = "text" in utterance.fields
+            if prefix or constants or unwanted:
+                fields = {k: v for k, v in utterance.fields.items() if k != "text"} | constants
                 utterance = replace(utterance, id=f"{prefix}{utterance.id}", fields=fields)
             builder.add(number, utterance)
     if not names:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from source_files import Corpus, write_lines, write_tone
 
+from speechllm.data.prepare import PrepareSettings, prepare
 from speechllm.errors import DataError
 
 
@@ -42,6 +43,22 @@ def test_where_a_corpus_lies_does_not_change_its_hash(two: list[str], tmp_path: 
     assert one.sha256 == other.sha256
     write_lines(tmp_path / "two/m.jsonl", [line("a"), line("c")])
     assert Corpus(two[1]).manifest.sha256 != one.sha256
+
+
+def test_a_column_text_does_not_take_the_place_of_the_one_that_was_chosen(two: list[str]) -> None:
+    path = two[0].partition(":")[2]
+    write_lines(Path(path), [{**line("a"), "text": "It's 5.", "normalized": "it is five"}])
+    corpus = Corpus(f"jsonl:{path},text=normalized")
+    assert corpus["a"].text == "it is five"
+    assert prepare(corpus["a"], corpus.access, PrepareSettings()).sample.metadata == {
+        "id": "a",
+        "text": "it is five",
+        "source": "a.flac",
+        "lang": "de",
+    }
+    write_lines(Path(path), [{**line("a"), "text": None, "normalized": "it is five"}])
+    assert "text" not in Corpus(f"jsonl:{path},text=normalized")["a"].fields
+    assert Corpus(f"{two[1]},set.text=five")["a"].fields == {"lang": "de", "text": "five"}
 
 
 def test_no_source_at_all() -> None:
