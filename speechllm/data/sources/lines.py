@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import lzma
+import zlib
 from array import array
 from collections.abc import Callable, Iterator
 
@@ -13,6 +15,8 @@ import fsspec
 from speechllm.errors import DataError
 
 _BOM = b"\xef\xbb\xbf"
+# The last two are what damaged archives raise, and are no OSErrors.
+_UNREADABLE = (OSError, ValueError, ImportError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def numbered_lines(path: str, *, blank: bool = False) -> Iterator[tuple[int, bytes]]:
@@ -28,7 +32,7 @@ def numbered_lines(path: str, *, blank: bool = False) -> Iterator[tuple[int, byt
                     line = line.removeprefix(_BOM)
                 if blank or line.strip():
                     yield number, line
-    except (OSError, ValueError, ImportError, EOFError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
 
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +22,21 @@ def test_lines_are_numbered_as_an_editor_does(tmp_path: Path) -> None:
     assert [number for number, _ in numbered_lines(str(path), blank=True)] == [1, 2, 3, 4, 5]
     with pytest.raises(DataError, match="nowhere: cannot be read"):
         list(numbered_lines(f"{tmp_path}/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("x.gz", gzip.compress), ("x.bz2", bz2.compress), ("x.xz", lzma.compress)]
+)
+def test_a_damaged_archive_is_refused_by_name(
+    tmp_path: Path, name: str, pack: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / name
+    packed = pack(b"".join(b"%d some text\n" % i for i in range(5000)))
+    damage = b"\xff" * 100
+    for damaged in (packed[:-20], packed[:40] + damage + packed[140:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{name}: cannot be read"):
+            list(numbered_lines(str(path)))
 
 
 @given(keys=st.lists(st.text("ab", min_size=1), unique=True), wanted=st.lists(st.text("ab")))
