@@ -67,7 +67,7 @@ class _Recording:
 class _About:
     """What the directory tells of utterances besides their audio."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, cut: bool) -> None:
         self._ignore = spec.choice("unknown", "refuse", "ignore") == "ignore"
         self._text = KeyedLines(os.path.join(spec.path, spec.get("text", "text") or "text"))
         self._fields = {
@@ -78,7 +78,9 @@ class _About:
             path = os.path.join(spec.path, file)
             if name not in self._fields and os.path.exists(path):
                 self._fields[name] = KeyedLines(path)
-        lengths = (os.path.join(spec.path, name) for name in ("reco2dur", "utt2dur"))
+        # Where recordings are cut, utt2dur is of the segments, some of which have their names.
+        told = ("reco2dur",) if cut else ("reco2dur", "utt2dur")
+        lengths = (os.path.join(spec.path, name) for name in told)
         self._lengths = [KeyedLines(path) for path in lengths if os.path.exists(path)]
         genders = os.path.join(spec.path, "spk2gender")
         self._genders = _two_columns(genders) if os.path.exists(genders) else {}
@@ -94,8 +96,7 @@ class _About:
         return fields
 
     def seconds(self, recording: bytes) -> float | None:
-        """Length of a recording, where a file tells it (utt2dur, where recordings are cut, has
-        other names)."""
+        """Length of a recording, where a file tells it."""
         for lines in self._lengths:
             if (text := _rest(lines, recording)) is not None:
                 return values.seconds(text, "duration", lines.path)
@@ -115,7 +116,7 @@ class _About:
 def _utterances(
     spec: Spec, options: SourceOptions, cut: bool
 ) -> Iterator[tuple[int, SourceUtterance]]:
-    about = _About(spec)
+    about = _About(spec, cut)
     scp = os.path.join(spec.path, "wav.scp")
     rows = _segments(spec, options, scp) if cut else _whole(spec, options, scp)
     number = None

@@ -125,6 +125,16 @@ def test_lengths_that_files_tell(data: Path) -> None:
     assert [one.seconds for one in corpus.utterances.values()] == [2.0, 2.0, None]
 
 
+def test_the_length_of_a_segment_is_not_that_of_a_recording_of_its_name(data: Path) -> None:
+    write_lines(data / "segments", ["r1 r1 1.25 1.75"])
+    write_lines(data / "text", ["r1 a"])
+    write_lines(data / "utt2dur", ["r1 0.5"])
+    assert Corpus(f"kaldi:{data}")["r1"].seconds is None
+    os.remove(data / "segments")
+    write_lines(data / "utt2dur", ["r1 2.0"])
+    assert Corpus(f"kaldi:{data}")["r1"].seconds == 2.0
+
+
 def test_a_segment_beyond_the_end_is_told(data: Path) -> None:
     write_lines(data / "segments", ["u r1 1.5 2.6"])
     write_lines(data / "text", ["u x"])
