@@ -100,10 +100,15 @@ def read_audio(utterance: SourceUtterance, access: Access) -> tuple[bytes, str]:
 
 
 def stored_bytes(utterance: SourceUtterance, access: Access) -> int | None:
-    """Size of the whole audio file where that costs no reading. Raises OSError."""
+    """Size of the whole audio file where that costs no reading. Raises OSError, and AudioError
+    `unreadable` where a server fails."""
     match utterance.audio:
         case FileAudio(path):
-            return file_size(full_path(path, utterance, access))
+            full = full_path(path, utterance, access)
+            try:
+                return file_size(full)
+            except DataError as error:
+                raise AudioError(f"unreadable: {full} ({error})") from error
         case SliceAudio(_, _, size):
             return size
     return None

@@ -8,15 +8,25 @@ import numpy as np
 
 import pytest
 import soundfile
+from http_files import serve
 from hypothesis import given
 from hypothesis import strategies as st
 from speech_files import tone
 
 from speechllm.data import prepare as prepare_module
+from speechllm.data import remote
 from speechllm.data.audio import decode_audio, encode_flac
 from speechllm.data.cleaning import CleanSettings, audio_hash
 from speechllm.data.encoding import Encoding, encode_opus
-from speechllm.data.prepare import Lines, Prepared, PrepareSettings, is_kept, prepare, survey
+from speechllm.data.prepare import (
+    ABSENT,
+    Lines,
+    Prepared,
+    PrepareSettings,
+    is_kept,
+    prepare,
+    survey,
+)
 from speechllm.data.sources.utterance import Access, FileAudio, SourceUtterance, encode_line
 from speechllm.errors import DataError
 
@@ -194,6 +204,20 @@ def test_a_survey_foretells_sizes_lengths_and_drops(sources: Path) -> None:
     whole = survey(lines_of(sources, utterances[:1]), PrepareSettings())
     audio = (sources / "a.flac").stat().st_size
     assert audio + 1024 < whole.sizes[0] < audio + 3 * 512 + 1024
+
+
+def test_a_server_that_fails_is_told_as_when_shards_are_made(
+    sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.001)
+    with serve(sources) as server:
+        server.fault = lambda path, times: "status 503"
+        one = utterance(f"{server.url}/a.flac")
+        (drop,) = survey(lines_of(sources, [one]), PrepareSettings()).dropped
+        with pytest.raises(DataError) as error:
+            prepared(one, sources)
+    assert f"{drop.reason}: {drop.detail}" == str(error.value)
+    assert drop.reason in ABSENT
 
 
 def test_lengths_are_guessed_where_nothing_depends_on_them(
