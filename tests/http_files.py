@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 # Called with the path and how often it has been asked for: what goes wrong this time, if anything.
 Fault = Callable[[str, int], str]
@@ -59,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
             files.released.wait(30)
             self.close_connection = True
             return None
-        file = files.directory / self.path.lstrip("/")
+        file = files.directory / unquote(self.path.partition("?")[0]).lstrip("/")
         if not file.is_file():
             return self._empty(404)
         whole = file.read_bytes()

@@ -9,12 +9,14 @@ from __future__ import annotations
 import http.client
 import io
 import random
+import string
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from fsspec.core import url_to_fs
 
@@ -182,11 +184,10 @@ def _http_range(url: str, offset: int, size: int, expected: Stat) -> bytes:
 @contextmanager
 def _http_open(url: str, headers: dict[str, str]) -> Iterator[Any]:
     """The response, with status 200, 206 or 416."""
+    request = urllib.request.Request(_encoded(url), headers=headers)
     with _http_errors(url):
         try:
-            response = urllib.request.urlopen(
-                urllib.request.Request(url, headers=headers), timeout=TIMEOUT
-            )
+            response = urllib.request.urlopen(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             if error.code != 416:
                 error.close()
@@ -194,6 +195,19 @@ def _http_open(url: str, headers: dict[str, str]) -> Iterator[Any]:
             response = error
     with response:
         yield response
+
+
+def _encoded(url: str) -> str:
+    """With %XX for spaces and letters beyond ASCII, which urllib refuses; what is encoded already
+    stays as it is. Raises DataError."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise DataError(f"{url}: cannot be reached ({error})") from error
+    if url.isascii() and " " not in url:
+        return url
+    path, query = (quote(part, safe=string.punctuation) for part in (parts.path, parts.query))
+    return urlunsplit(parts._replace(path=path, query=query))
 
 
 @contextmanager

@@ -44,6 +44,21 @@ def test_ranges_and_whole_files(server: Server) -> None:
     assert fetch_all(f"{server.url}/empty.bin") == b""
 
 
+def test_urls_are_encoded_where_they_are_not_yet(server: Server) -> None:
+    for name in ("žluť kůň.bin", "50%.bin", "a%20b.bin"):
+        (server.directory / name).write_bytes(CONTENT)
+    about = stat(f"{server.url}/žluť kůň.bin?sign=á b")
+    for name in ("žluť kůň.bin", "%C5%BElu%C5%A5%20k%C5%AF%C5%88.bin", "50%25.bin", "a%2520b.bin"):
+        assert fetch(f"{server.url}/{name}", 5, 5, about) == CONTENT[5:10]
+    assert server.requests[0][0] == "/%C5%BElu%C5%A5%20k%C5%AF%C5%88.bin?sign=%C3%A1%20b"
+    assert server.requests[1][0] == server.requests[2][0]
+
+
+def test_what_is_no_url_is_refused() -> None:
+    with pytest.raises(DataError, match=r"http://\[::1/a\.flac: cannot be reached \(Invalid IPv6"):
+        stat("http://[::1/a.flac")
+
+
 def test_a_file_of_ranges_seeks(server: Server) -> None:
     with open_binary(f"{server.url}/a.bin") as file:
         assert file.seek(-6, io.SEEK_END) == len(CONTENT) - 6
