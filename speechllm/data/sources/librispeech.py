@@ -33,9 +33,8 @@ def open_librispeech(spec: Spec) -> Source:
 def _utterances(directory: str) -> Iterator[tuple[int, SourceUtterance]]:
     genders = _genders(directory)
     number = 0
-    for folder, below, files in os.walk(directory):
-        below.sort()
-        transcripts = sorted(file for file in files if file.endswith(_TRANSCRIPTS))
+    for folder, files in values.walk(directory):
+        transcripts = [file for file in files if file.endswith(_TRANSCRIPTS)]
         if not transcripts:
             continue
         texts: dict[str, str] = {}

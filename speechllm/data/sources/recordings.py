@@ -38,9 +38,8 @@ class Recordings:
         if self._command is not None and "{}" not in self._command:
             raise DataError(f"{spec.given}: command= must hold {{}} where the path goes")
         self._paths: dict[str, list[str]] = {}
-        for folder, below, files in os.walk(self.root):
-            below.sort()
-            for file in sorted(files):
+        for folder, files in values.walk(self.root):
+            for file in files:
                 stem, extension = os.path.splitext(file)
                 if extension[1:].lower() in _EXTENSIONS:
                     path = os.path.relpath(os.path.join(folder, file), self.root)

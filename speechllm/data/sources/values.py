@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from speechllm.data.files import local_path
 from speechllm.errors import DataError
+from speechllm.log import logger
 
 
 def is_absolute(path: str) -> bool:
@@ -32,6 +34,28 @@ def require_directory(path: str, what: str) -> None:
     """Raises DataError where there is no local directory of that name."""
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory; {what}")
+
+
+def walk(directory: str) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from this one down with its files, sorted; then what lies behind links, because
+    parts of a corpus are often linked from other disks. A folder comes once, links may go round."""
+    seen: set[str] = set()
+    waiting = [directory]
+    while waiting:
+        for folder, below, files in os.walk(waiting.pop(0), onerror=_say_unreadable):
+            real = os.path.realpath(folder)
+            if real in seen:
+                below.clear()
+                continue
+            seen.add(real)
+            below.sort()
+            paths = [os.path.join(folder, name) for name in below]
+            waiting += filter(os.path.islink, paths)
+            yield folder, sorted(files)
+
+
+def _say_unreadable(error: OSError) -> None:
+    logger.warning("%s: left out, it cannot be read (%s)", error.filename, error.strerror)
 
 
 def seconds(value: Any, name: str, where: str) -> float | None:

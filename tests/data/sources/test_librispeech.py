@@ -60,6 +60,16 @@ def test_audio_without_a_transcript_is_left_to_be_counted(tree: Path) -> None:
     }
 
 
+def test_parts_may_be_links(tree: Path) -> None:
+    elsewhere = tree.parent / "disk2"
+    (tree / "test-clean/14").rename(elsewhere)
+    (tree / "test-clean/14").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(tree)
+    corpus = Corpus(f"librispeech:{tree}")
+    assert len(corpus.utterances) == 4
+    assert len(corpus.samples("14-208-0000")) == 4800
+
+
 def test_what_is_wrong_is_named(tree: Path) -> None:
     write_lines(tree / "test-clean/14/208/14-208.trans.txt", ["14-208-0000 A"] * 2)
     with pytest.raises(DataError, match=r"14-208\.trans\.txt:2: 14-208-0000 has a transcript"):

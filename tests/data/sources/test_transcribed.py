@@ -39,6 +39,14 @@ def expected(calls: Path, call: int, side: int, start: float, end: float) -> np.
     return Corpus(f"jsonl:{path}").samples("p")
 
 
+def test_recordings_may_lie_behind_links(calls: Path) -> None:
+    (calls / "audio/000").rename(calls / "disk2")
+    (calls / "audio/000").symlink_to(calls / "disk2")
+    path = write_lines(calls / "fe_03_00001.txt", ["0.25 1.00 A: and i"])
+    corpus = Corpus(f"fisher:{path},audio={calls}/audio")
+    assert [len(corpus.samples(name)) for name in corpus.utterances] == [12000]
+
+
 def test_fisher_transcripts(calls: Path) -> None:
     write_lines(
         calls / "trans/000/fe_03_00001.txt",
