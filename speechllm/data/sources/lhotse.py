@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from speechllm.data.sources import values
 from speechllm.data.sources.lhotse_audio import audio_of
 from speechllm.data.sources.lines import KeyedLines, numbered_lines
 from speechllm.data.sources.spec import SourceOptions, Spec, name_of
@@ -54,13 +55,13 @@ def _of_cuts(spec: Spec, options: SourceOptions) -> Iterator[tuple[int, SourceUt
                 f"{where}: {cut.get('id')} is a {kind}; only MonoCut (one recording, one channel) "
                 "can be read: trim or save it with lhotse first (e.g. CutSet.save_audios)"
             )
-        if "recording" not in cut:
+        if not isinstance(cut.get("recording"), dict):
             what = "is a recording" if "sources" in cut else "has no `recording`"
             raise DataError(
                 f"{where}: {cut.get('id')} {what}; give cuts with recordings, or "
                 "lhotse:RECORDINGS,supervisions=SUPERVISIONS"
             )
-        supervisions = cut.get("supervisions") or []
+        supervisions = _objects(cut, "supervisions", where)
         for i, supervision in enumerate(supervisions):
             start = _number(cut, "start", where) + _number(supervision, "start", where)
             # A supervision that reaches out of its cut on the left keeps its own span.
@@ -68,7 +69,7 @@ def _of_cuts(spec: Spec, options: SourceOptions) -> Iterator[tuple[int, SourceUt
             name = supervision["id"] if "id" in supervision else cut.get("id")
             if by_cut:
                 name = cut.get("id") if len(supervisions) == 1 else f"{cut.get('id')}-{i}"
-            custom = {**(cut.get("custom") or {}), **(supervision.get("custom") or {})}
+            custom = {**_object(cut, "custom", where), **_object(supervision, "custom", where)}
             channel = supervision.get("channel", cut.get("channel"))
             yield (
                 number,
@@ -97,7 +98,7 @@ def _of_recordings(
         recording = _parsed(found[1], f"{spec.path}:{found[0]}")
         start = _number(supervision, "start", where)
         span = (start, start + _number(supervision, "duration", where))
-        custom = supervision.get("custom") or {}
+        custom = _object(supervision, "custom", where)
         channel = supervision.get("channel")
         yield (
             number,
@@ -164,16 +165,31 @@ def _id_of(line: bytes, where: str) -> bytes:
 
 def _parsed(line: bytes, where: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        parsed = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON ({error}); lhotse manifests must be JSONL") from error
-    if not isinstance(values, dict):
+    if not isinstance(parsed, dict):
         raise DataError(f"{where}: not a JSON object; lhotse manifests must be JSONL")
-    return values
+    return parsed
 
 
-def _number(values: dict[str, Any], name: str, where: str) -> float:
-    value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(f"{where}: `{name}` of {values.get('id')} must be a number, not {value!r}")
+def _number(parsed: dict[str, Any], name: str, where: str) -> float:
+    value = parsed.get(name)
+    if not values.is_number(value):
+        raise DataError(f"{where}: `{name}` of {parsed.get('id')} must be a number, not {value!r}")
     return float(value)
+
+
+def _object(parsed: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    """Empty where there is none."""
+    value = parsed.get(name) or {}
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: `{name}` of {parsed.get('id')} must be a JSON object")
+    return value
+
+
+def _objects(parsed: dict[str, Any], name: str, where: str) -> list[dict[str, Any]]:
+    value = parsed.get(name) or []
+    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+        raise DataError(f"{where}: `{name}` of {parsed.get('id')} must be a list of JSON objects")
+    return value

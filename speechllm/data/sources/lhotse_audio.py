@@ -9,7 +9,7 @@ from speechllm.data.sources.utterance import AudioRef, CommandAudio, FileAudio
 from speechllm.errors import DataError
 
 # What needs not be done, because everything is resampled to 16 kHz here anyway.
-_HARMLESS_TRANSFORMS = frozenset({"Resample"})
+_HARMLESS_TRANSFORMS = ("Resample",)
 
 
 def audio_of(
@@ -28,7 +28,8 @@ def audio_of(
             f"{where}: channel {channel!r} of recording {name}: an utterance has one channel; "
             "split it with lhotse first (e.g. CutSet.to_mono of multi-channel cuts)"
         )
-    for transform in recording.get("transforms") or []:
+    transforms = recording.get("transforms") or []
+    for transform in transforms if isinstance(transforms, list) else [transforms]:
         kind = transform.get("name") if isinstance(transform, dict) else transform
         if kind not in _HARMLESS_TRANSFORMS:
             raise DataError(
@@ -36,7 +37,8 @@ def audio_of(
                 "save the audio with lhotse first (CutSet.save_audios)"
             )
     sources = recording.get("sources")
-    if not isinstance(sources, list) or not sources:
+    sources = [one for one in sources if isinstance(one, dict)] if isinstance(sources, list) else []
+    if not sources:
         raise DataError(f"{where}: recording {name} has no `sources`")
     for source in sources:
         channels = source.get("channels")

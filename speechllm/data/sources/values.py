@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from speechllm.data.files import local_path
 from speechllm.errors import DataError
 from speechllm.log import logger
+
+# Of seconds; more cannot be counted in samples.
+_LARGEST = 1e12
 
 
 def is_absolute(path: str) -> bool:
@@ -58,6 +60,12 @@ def _say_unreadable(error: OSError) -> None:
     logger.warning("%s: left out, it cannot be read (%s)", error.filename, error.strerror)
 
 
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether it can be seconds: neither NaN nor beyond all audio."""
+    counts = isinstance(value, int | float) and not isinstance(value, bool)
+    return counts and -_LARGEST <= value <= _LARGEST
+
+
 def seconds(value: Any, name: str, where: str) -> float | None:
     """A number, or text that is one; None stays None. Raises DataError for anything else."""
     if value is None or value == "":
@@ -67,8 +75,8 @@ def seconds(value: Any, name: str, where: str) -> float | None:
         try:
             number = float(value)
         except ValueError:
-            number = math.nan
-    if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            number = None
+    if not is_number(number):
         raise DataError(f"{where}: `{name}` must be a number of seconds, not {value!r}")
     if number < 0:
         raise DataError(f"{where}: `{name}` is negative ({value})")

@@ -67,6 +67,8 @@ def test_missing_text_is_left_to_be_counted(tmp_path: Path, text: dict[str, Any]
         ({"id": "a", "text": "x"}, "`audio` must be a string"),
         ({**GOOD, "text": 7}, "`text` must be a string, not 7"),
         ({**GOOD, "start": "x"}, "`start` must be a number of seconds"),
+        ({**GOOD, "start": 10**400}, "`start` must be a number of seconds"),
+        ({**GOOD, "end": 1e300}, "`end` must be a number of seconds"),
         ({**GOOD, "end": True}, "`end` must be a number of seconds"),
         ('{"id": "a", "audio": "a", "text": "x", "end": NaN}', "`end` must be a number of seconds"),
         ({**GOOD, "start": -1}, "`start` is negative"),
