@@ -69,9 +69,10 @@ def spool(
     schema: a pyarrow.Schema, or None to take that of the first rows. Several processes may do this
     at once: the first that is ready wins.
     """
-    aside = f"{directory.rstrip('/')}.tmp-{os.getpid()}"
-    os.makedirs(aside)
+    aside = f"{directory.rstrip('/')}.tmp-{os.uname().nodename}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)  # of a killed process that had the same number
     try:
+        os.makedirs(aside)
         parts = _write_parts(iter(rows), schema, aside)
         marker = json.dumps({"origin": origin, "parts": parts}) + "\n"
         write_atomically(os.path.join(aside, _MARKER), marker.encode())

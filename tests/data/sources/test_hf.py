@@ -194,6 +194,24 @@ def test_a_stream_that_breaks_off_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_process_left_is_no_obstacle(tmp_path: Path) -> None:
+    directory = tmp_path / "spool"
+    asides: list[Path] = []
+
+    def observed() -> Any:
+        asides.extend(tmp_path.iterdir())
+        yield rows(1)[0]
+
+    spool(observed(), None, str(directory), {})
+    directory.rename(asides[0])  # of the same number, as processes of containers often are
+    spool(rows(1), None, str(directory), {})
+    assert list(tmp_path.iterdir()) == [directory]
+    assert (directory / "spool.json").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/spool: cannot be written"):
+        spool(rows(1), None, str(tmp_path / "file/spool"), {})
+
+
 def test_with_the_package_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
