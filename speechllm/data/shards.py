@@ -95,7 +95,8 @@ def write_shard(tar: str, samples: Iterable[Sample]) -> Written:
                     archive.size,
                     lambda at, length: os.pread(file.fileno(), length, at),
                 )
-        os.replace(aside, tar)
+        with writing(tar):
+            os.replace(aside, tar)
     finally:
         for leftover in (aside, f"{index}.tmp-{os.getpid()}"):
             if os.path.exists(leftover):

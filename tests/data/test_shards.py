@@ -141,6 +141,17 @@ def test_the_index_has_its_name_before_the_tar(
     assert order == [index_path(tar), tar]
 
 
+def test_a_file_that_another_run_has_cleared_away_is_a_users_error(tmp_path: Path) -> None:
+    def samples() -> Iterator[Sample]:
+        yield make_sample("a", "x", 0.1)
+        for aside in tmp_path.glob("*.tmp-*"):
+            aside.unlink()
+
+    with pytest.raises(DataError, match=r"a\.tar: cannot be written \(No such file"):
+        write_shard(str(tmp_path / "a.tar"), samples())
+    assert not (tmp_path / "a.tar").exists()
+
+
 def test_keys_must_differ(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="a is there already"):
         write_shard(str(tmp_path / "a.tar"), [make_sample("a", "x", 0.1)] * 2)
