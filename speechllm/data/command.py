@@ -64,7 +64,7 @@ def cached_output(command: str, timeout: float, cache: str, directory: str | Non
     if os.path.exists(path):
         return path
     output = run_command(command, timeout, directory)
-    aside = f"{path}.tmp-{os.getpid()}"
+    aside = f"{path}.tmp-{os.uname().nodename}-{os.getpid()}"
     try:
         os.makedirs(cache, exist_ok=True)
         with open(aside, "wb") as file:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,3 +95,21 @@ def test_a_cached_command_runs_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--command-cache .*cannot be written"):
         cached_output(command, 60, str(tmp_path / "file"), str(tmp_path))
+
+
+def test_processes_of_one_number_on_two_hosts_share_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, host = os.replace, SimpleNamespace(nodename="one")
+    monkeypatch.setattr(os, "uname", lambda: host)
+
+    def overtaken(aside: str, path: str) -> None:
+        monkeypatch.setattr(os, "replace", rename)
+        host.nodename = "two"
+        assert cached_output("echo x", 60, str(tmp_path)) == path
+        rename(aside, path)
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    path = Path(cached_output("echo x", 60, str(tmp_path)))
+    assert path.read_bytes() == b"x\n"
+    assert list(tmp_path.iterdir()) == [path]
