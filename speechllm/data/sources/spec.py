@@ -27,6 +27,7 @@ KINDS = (
 # A comma starts an option only before `key=`, so that paths may hold commas.
 _OPTION = re.compile(r",(?=[A-Za-z_][\w.-]*=)")
 _COMMON = ("limit", "prefix")
+_PATHS = ("root", "supervisions")  # a shell does not expand `~` behind `=`
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _EXTENSIONS = (".jsonl", ".json", ".csv", ".tsv", ".stm", ".tdf", ".txt", ".tar")
 
@@ -107,7 +108,7 @@ def parse_spec(text: str) -> Spec:
         key, _, value = pair.partition("=")
         if key in options:
             raise DataError(f"--source {text}: the option {key!r} is given twice")
-        options[key] = value
+        options[key] = os.path.expanduser(value) if key in _PATHS else value
     if "://" not in path:
         path = os.path.expanduser(path)
     return Spec(kind, path, options, text)

@@ -56,3 +56,14 @@ def test_unknown_options_and_values() -> None:
 )
 def test_names_of_shards(path: str, name: str) -> None:
     assert name_of(path) == name
+
+
+def test_home_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    spec = parse_spec("lhotse:~/r.jsonl,supervisions=~/s.jsonl,root=~/audio,set.note=~/x")
+    assert spec.path == "/home/me/r.jsonl"
+    assert spec.options == {
+        "supervisions": "/home/me/s.jsonl",
+        "root": "/home/me/audio",
+        "set.note": "~/x",
+    }
