@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,16 @@ def refuse_unshared(run_dir: str, site: SiteProfile) -> None:
 
 
 def submit_all(
-    jobs: Sequence[Job], options: argparse.Namespace, *, chain: int = 1
+    jobs: Sequence[Job],
+    options: argparse.Namespace,
+    *,
+    chain: int = 1,
+    files: Mapping[str, str] | None = None,
 ) -> list[Submission]:
-    """Submit jobs of which each waits for the one before; show them, or only what would be done."""
+    """Submit jobs of which each waits for the one before; show them, or only what would be done.
+
+    files: further ones for their folders, name -> text.
+    """
     for job in jobs:
         refuse_unshared(job.run_dir, job.site)
     if options.dry_run:
@@ -120,7 +127,7 @@ def submit_all(
     done: list[Submission] = []
     for job in jobs:
         hold = done[-1].job_ids[-1:] if done else options.hold
-        done.append(submit_job(job, batch, hold=hold, chain=chain))
+        done.append(submit_job(job, batch, hold=hold, chain=chain, files=files))
     if options.json:
         print(json.dumps([asdict(one) for one in done], indent=1))
     else:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -45,17 +45,26 @@ def batch_of(site: SiteProfile) -> Batch:
     return GridEngine(Client(prefix))
 
 
-def submit_job(job: Job, batch: Batch, *, hold: Sequence[str] = (), chain: int = 1) -> Submission:
+def submit_job(
+    job: Job,
+    batch: Batch,
+    *,
+    hold: Sequence[str] = (),
+    chain: int = 1,
+    files: Mapping[str, str] | None = None,
+) -> Submission:
     """Write the job's folder and submit it, `chain` times in a row, each held on the one before.
 
     A chain goes on where a job ends for good although work is left, as on a site that does not
     start jobs again; a link that finds the work done ends at once.
 
+    files: further ones for the folder, name -> text.
+
     Raises:
         BatchError: refused, or a job of this name and run directory is still in the queue.
     """
     refuse_double(job, batch)
-    write_folder(job)
+    write_folder(job, files)
     ids: list[str] = []
     commands: list[list[str]] = []
     for _ in range(chain):
@@ -74,14 +83,16 @@ def program_of(site: SiteProfile) -> str:
     return "sbatch" if site.kind == "slurm" else "qsub"
 
 
-def write_folder(job: Job) -> None:
-    """job.json, script.sh and site.yaml; a wish to cancel from an earlier time is taken back."""
+def write_folder(job: Job, files: Mapping[str, str] | None = None) -> None:
+    """job.json, script.sh, site.yaml and the files given; a wish to cancel from an earlier time is
+    taken back. Never while a job of this folder waits or runs: it reads them again."""
     job.logs.mkdir(parents=True, exist_ok=True)
     job.cancel.unlink(missing_ok=True)
     write_job(job)
     job.script.write_text(job_script(job), encoding="utf-8")
     job.script.chmod(0o755)
-    (job.folder / "site.yaml").write_text(dump_profile(job.site), encoding="utf-8")
+    for name, text in {"site.yaml": dump_profile(job.site), **(files or {})}.items():
+        (job.folder / name).write_text(text, encoding="utf-8")
 
 
 def refuse_double(job: Job, batch: Batch) -> None:

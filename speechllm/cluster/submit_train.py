@@ -60,9 +60,8 @@ def train(options: argparse.Namespace) -> int:
     job, config = train_job(options, site_of(options))
     if options.chain < 1:
         raise ConfigError("--chain must be 1 or more")
-    if not options.dry_run:
-        _keep_config(job, "config.yaml", config)
-    submit_all([job], options, chain=options.chain)
+    # The job reads this copy, so that the file may be changed while the job waits.
+    submit_all([job], options, chain=options.chain, files={"config.yaml": dump_config(config)})
     return 0
 
 
@@ -92,10 +91,8 @@ def train_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, Conf
 
 def sweep(options: argparse.Namespace) -> int:
     job, configs = sweep_job(options, site_of(options))
-    if not options.dry_run:
-        for number, config in enumerate(configs, start=1):
-            _keep_config(job, f"config.{number}.yaml", config)
-    submit_all([job], options)
+    files = {f"config.{number}.yaml": dump_config(one) for number, one in enumerate(configs, 1)}
+    submit_all([job], options, files=files)
     return 0
 
 
@@ -179,12 +176,6 @@ def process_fields(options: argparse.Namespace, site: SiteProfile) -> dict[str, 
         "procs_per_node": options.procs_per_node or max(1, gpus),
         "launcher": options.launcher,
     }
-
-
-def _keep_config(job: Job, name: str, config: Config) -> None:
-    """The job reads this copy, so that the file may be changed while the job waits."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / name).write_text(dump_config(config), encoding="utf-8")
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:

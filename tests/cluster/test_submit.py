@@ -7,7 +7,7 @@ from typing import Any
 
 import make_shards
 import pytest
-from fake_grid import FakeBatch, FakeGrid
+from fake_grid import EMPTY_QUEUE, FakeBatch, FakeGrid
 from hypothesis import given
 from hypothesis import strategies as st
 from runs import TINY
@@ -124,6 +124,26 @@ def test_the_same_job_is_not_submitted_twice(train: Submit, grid: FakeGrid) -> N
     assert train("--name", "other")[0] == 0
     grid.answer("qstat", QUEUED.replace("11", "99"))
     assert train()[0] == 0
+
+
+def test_a_refused_submission_leaves_the_waiting_jobs_files_alone(
+    train: Submit, grid: FakeGrid, tmp_path: Path
+) -> None:
+    assert train("optim.lr=0.5")[0] == 0
+    config = folder_of(tmp_path) / "config.yaml"
+    kept = config.read_text()
+    grid.answer("qstat", QUEUED)
+    assert train("optim.lr=0.25")[0] == 2
+    assert config.read_text() == kept
+    grid.answer("qstat", EMPTY_QUEUE)
+    assert train("--vary", "optim.lr=1,2", "--name", "s", command="sweep")[0] == 0
+    config = folder_of(tmp_path, "s") / "config.1.yaml"
+    kept = config.read_text()
+    grid.answer("qstat", QUEUED.replace("11", "12"))
+    assert train("--vary", "optim.lr=3,4", "--name", "s", command="sweep")[0] == 2
+    assert config.read_text() == kept
+    assert train("run_dir=elsewhere", "--with", "shared=/mnt")[0] == 2
+    assert not (tmp_path / "elsewhere").exists()
 
 
 QUEUED = """<job_info><queue_info><job_list><JB_job_number>11</JB_job_number><JB_name>asr</JB_name>
