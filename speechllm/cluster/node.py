@@ -125,6 +125,12 @@ class Node:
             result = Result(AGAIN, str(error))
         except UserError as error:
             result = Result(PERSON, str(error))
+        except OSError as error:
+            result = Result(AGAIN, f"the file system is in trouble: {error}")
+        # An end that cannot be written down, as on a full disk, is the same end.
+        return _answer(lambda: self._record(attempts, attempt, result)) or result
+
+    def _record(self, attempts: Attempts, attempt: Attempt, result: Result) -> Result:
         if not self.job.cancel.exists():
             attempts.end(attempt, result)  # its reason is part of what is judged
             most = self.job.max_attempts
@@ -148,7 +154,7 @@ class Node:
                 environment=self.environment,
             )
             claimed = stack.enter_context(claim)
-            stack.callback(self.gate.give_back)
+            stack.callback(_answer, self.gate.give_back)
             group = self._meet(stack)
             if isinstance(group, Result):
                 return group
@@ -177,7 +183,7 @@ class Node:
         address = own_address(self.job.site.network_interface)
         me = Member(self.task, self.token, self.host, address)
         self.meeting = Meeting(SharedFolder(self.job.meeting), me, rules, self.gate)
-        stack.callback(self.meeting.leave)
+        stack.callback(_answer, self.meeting.leave)
         while True:
             state = _answer(self.meeting.step)
             if not self.gate.renew():
@@ -217,7 +223,7 @@ class Node:
     def _stop_wanted(self) -> bool:
         if self.deadline is not None and time.time() > self.deadline:
             self.stop.ask("the time limit")
-        if self.job.cancel.exists():
+        if _answer(self.job.cancel.exists):
             self.stop.ask(CANCELLED)
         return self.stop.reason is not None
 

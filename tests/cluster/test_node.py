@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -21,10 +22,11 @@ from runs import metrics
 from speechllm.checkpoint import complete_checkpoints
 from speechllm.cluster.attempts import Attempts
 from speechllm.cluster.folder import SharedFolder
-from speechllm.cluster.group import AGAIN, PERSON
+from speechllm.cluster.group import AGAIN, PERSON, Result
 from speechllm.cluster.job import Job
 from speechllm.cluster.lease import Lease
-from speechllm.cluster.signals import descendants
+from speechllm.cluster.node import Node
+from speechllm.cluster.signals import StopWish, descendants
 
 QUICK = {"timeout": 2, "heartbeat": 0.2, "stale_after": 1}
 
@@ -203,6 +205,42 @@ def test_plain_programs_end_as_they_end_and_need_no_lease(tmp_path):
     assert "task 3" in output
     assert "exit code 7" in output
     assert not (tmp_path / "cluster" / "lease").exists()
+
+
+def test_a_folder_that_does_not_answer_for_a_while_ends_nothing(tmp_path, monkeypatch):
+    job = job_of(tmp_path, program(tmp_path, "import time\ntime.sleep(2)\n"), kind="command")
+    asked = []
+
+    def exists(path: Path) -> bool:
+        if path == job.cancel:
+            asked.append(path)
+            if len(asked) in (2, 3):  # the first is before the start
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return os.path.exists(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    assert Node(job, 1, StopWish()).run() == Result(0, "done")
+    assert len(asked) > 3
+
+
+def test_an_end_that_cannot_be_written_down_is_still_that_end(tmp_path):
+    """As on a full disk; Grid Engine would not start again what ends with 1."""
+    records = str(job_of(tmp_path, "x", kind="command").own / "attempts")
+    body = (
+        f"import pathlib, shutil, sys\nshutil.rmtree({records!r})\n"
+        f"pathlib.Path({records!r}).touch()\nsys.exit(99)\n"
+    )
+    code, output = run_node(job_of(tmp_path, program(tmp_path, body), kind="command"))
+    assert code == AGAIN, output
+    assert "the program asks to be run again" in output
+
+
+def test_trouble_of_the_file_system_is_no_failure_of_the_program(tmp_path):
+    job = job_of(tmp_path, "train", "x", mode="array", nodes=2, min_nodes=2)
+    job.meeting.touch()  # no folder can be made there
+    code, output = run_node(job)
+    assert code == AGAIN, output
+    assert str(job.meeting) in Attempts(job).read()[0].reason
 
 
 def test_gpus_that_others_hold(tmp_path):
