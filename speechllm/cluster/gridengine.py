@@ -31,15 +31,18 @@ class GridEngine:
             BatchError: refused; with the scheduler's reasons where no host could ever run it.
             BatchAway: no answer for too long.
         """
-        before = self._ids_of(name)
+        before, waited = self._ids_of(name), 0.0
 
         while True:
-            output = self._ask("qsub", *arguments)
+            output = self.client.patiently("qsub", *arguments, is_busy=_is_away)
             if output.code == 0:
                 return _job_id(output.out)
-            if not _UNCLEAR.search(output.err):
+            if not _is_unclear(output):
                 raise BatchError(f"qsub refuses {name}: {self._reason(output.err, arguments)}")
+            if waited >= self.client.patience:
+                raise BatchAway(f"qsub {name}: {output.err}; look at qstat before you retry")
             self.client.sleep(5.0)
+            waited += 5.0
             if taken := self._ids_of(name) - before:
                 return max(taken, key=int)
 
@@ -83,7 +86,8 @@ class GridEngine:
         return parse_complexes(self._ask("qconf", "-sc").out)
 
     def _ask(self, *words: str) -> Output:
-        return self.client.patiently(*words, is_busy=_is_away)
+        """For what may be asked twice without harm: all but qsub."""
+        return self.client.patiently(*words, is_busy=lambda o: _is_away(o) or _is_unclear(o))
 
     def _queue(self, *options: str) -> str:
         output = self._ask("qstat", "-xml", *options)
@@ -110,6 +114,10 @@ def _pairs(words: Sequence[str]) -> list[tuple[str, str]]:
 
 def _is_away(output: Output) -> bool:
     return output.code != 0 and bool(_AWAY.search(output.err))
+
+
+def _is_unclear(output: Output) -> bool:
+    return output.code != 0 and bool(_UNCLEAR.search(output.err))
 
 
 def _reasons(error: str, most: int = 6) -> str:

@@ -137,6 +137,24 @@ def test_a_job_that_was_not_taken_is_submitted_again() -> None:
     assert [words[0] for words in script.asked].count("qsub") == 2
 
 
+def test_a_master_that_answers_too_late_is_asked_again() -> None:
+    taken = Output(0, QUEUE.replace("<JB_name>held", "<JB_name>w"), "")
+    engine, script = grid(qsub=[UNCLEAR], qstat=[NOTHING, UNCLEAR, taken])
+    assert engine.submit(SUBMIT, "w") == "9"
+    assert [words[0] for words in script.asked].count("qsub") == 1
+    engine, script = grid(qstat=[UNCLEAR, Output(0, QUEUE, "")], qdel=[UNCLEAR, Output(0, "", "")])
+    assert len(engine.queued()) == 2
+    engine.delete(["9"])
+    assert script.slept == [1, 1]
+
+
+def test_a_master_that_never_answers_in_time_is_given_up() -> None:
+    engine, script = grid(20.0, qsub=[UNCLEAR])
+    with pytest.raises(BatchAway, match="look at qstat before you retry"):
+        engine.submit(SUBMIT, "w")
+    assert 20 <= sum(script.slept) < 60
+
+
 def test_an_impossible_request_is_refused_with_the_schedulers_reasons() -> None:
     engine, script = grid(qsub=[NO_QUEUE, WHY])
     with pytest.raises(BatchError) as refused:
