@@ -15,6 +15,8 @@ _AWAY = re.compile(
 )
 # The master was reached but did not answer in time: the job may have been taken.
 _UNCLEAR = re.compile(r"failed receiving gdi request|receive timeout|got no valid response")
+# In `qstat -j`, of each task in error state: `error reason  1:  DATE TIME [IDS]: TEXT`.
+_ERROR = re.compile(r"^error reason\s*\d*:\s*(?:\S+ \S+ \[[\d:]+\]: )?(.*?)\s*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class GridEngine:
         return parse_queue(self._queue("-g", "d"))
 
     def why_pending(self, job_id: str) -> list[str]:
-        """The scheduler's reasons; none where it does not tell (schedd_job_info)."""
+        """Why a start has failed, then the scheduler's reasons; none where it does not tell
+        (schedd_job_info)."""
         output = self._ask("qstat", "-j", job_id)
-        _, _, reasons = output.out.partition("scheduling info:")
-        return list(dict.fromkeys(line.strip() for line in reasons.splitlines() if line.strip()))
+        failed, _, reasons = output.out.partition("scheduling info:")
+        lines = [*_ERROR.findall(failed), *(line.strip() for line in reasons.splitlines())]
+        return [line for line in dict.fromkeys(lines) if line]
 
     def delete(self, job_ids: Sequence[str]) -> None:
         """Jobs that are gone already are no error."""

@@ -212,6 +212,17 @@ def test_states(code: str, state: str) -> None:
     assert state_of(code) == state
 
 
+def test_why_a_job_is_in_error_state() -> None:
+    said = 'error: can\'t open output file "/exp/logs": No such file or directory'
+    text = (
+        f"job_number:   4\nerror reason    1:          11/23/2026 12:00:00 [7:8]: {said}\n"
+        f"error reason    2:          11/23/2026 12:00:00 [7:9]: {said}\n"
+        "scheduling info:            Job is in error state\n"
+    )
+    engine, _ = grid(qstat=[Output(0, text, "")])
+    assert engine.why_pending("4") == [said, "Job is in error state"]
+
+
 def test_why_a_job_waits() -> None:
     text = (
         "job_number:   4\nscheduling info:            queue full\n"
