@@ -75,7 +75,7 @@ class GridEngine:
         """Of the last attempts of a job, or of one task of it; empty while there is no record."""
         last = {record["taskid"]: record for record in self.accounting(job_id)}
         return [
-            int(record["exit_status"].split()[0])
+            _exit_code(record)
             for number, record in last.items()
             if task is None or number == str(task)
         ]
@@ -185,6 +185,12 @@ def parse_accounting(text: str) -> list[dict[str, str]]:
         elif records and (fields := line.split(None, 1)):
             records[-1][fields[0]] = fields[1].strip() if len(fields) > 1 else ""
     return records
+
+
+def _exit_code(record: dict[str, str]) -> int:
+    """A start that came to nothing has exit_status 0 too; `failed` is the number of its cause."""
+    status, failed = (int(record.get(name, "0").split()[0]) for name in ("exit_status", "failed"))
+    return status or int(failed != 0)
 
 
 def parse_facts(text: str) -> dict[str, str]:

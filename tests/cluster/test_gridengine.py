@@ -249,6 +249,17 @@ def test_exit_codes_are_those_of_the_last_attempts() -> None:
     assert engine.exit_codes("99", None) == []
 
 
+def test_a_job_that_could_not_be_started_has_not_ended_well() -> None:
+    text = (
+        f"{'=' * 62}\ntaskid       undefined           \n"
+        "failed       26  : opening input/output file\nexit_status  0                   \n"
+    )
+    engine, _ = grid(qacct=[Output(0, text, "")])
+    assert engine.exit_codes("4", None) == [1]
+    engine, _ = grid(qacct=[Output(0, text.replace("26  : opening input/output file", "0"), "")])
+    assert engine.exit_codes("4", None) == [0]
+
+
 def test_deleting_what_is_gone_is_no_error() -> None:
     engine, _ = grid(qdel=[Output(1, 'denied: job "2" does not exist', "")])
     engine.delete(["2"])
