@@ -54,13 +54,15 @@ def job_script(job: Job) -> str:
         "#!/bin/bash",
         *(f"{prefix} {' '.join(option)}" for option in options_of(job)),
         f"# Job {job.name}, written by speechllm-submit; by hand: {program} {job.script}",
+        # Until Python has its handlers in place, seconds on a busy host and more where an
+        # environment is activated, a signal would end the job.
+        *([] if slurm else ["trap '' USR1 USR2 TERM"]),
         *(f"ulimit -{letter} {shlex.quote(value)}" for letter, value in job.site.ulimits.items()),
         *job.site.environment,
         f"export PYTHONPATH={shlex.quote(job.repository)}${{PYTHONPATH:+:$PYTHONPATH}}",
     ]
     node = shlex.join([job.python, "-m", "speechllm.cluster.node", str(job.file)])
-    # Until Python has its handlers in place, seconds on a busy host, a signal would end the job.
-    lines += _slurm_ending(node) if slurm else ["trap '' USR1 USR2 TERM", f"exec {node}"]
+    lines += _slurm_ending(node) if slurm else [f"exec {node}"]
     return "\n".join(lines) + "\n"
 
 

@@ -223,6 +223,12 @@ def test_the_script_sets_limits_and_environment_and_runs_the_node(tmp_path: Path
     assert (greeting, folder, files, path) == ("a b", "/", 512, "/opt/code:/else")
 
 
+def test_a_warning_while_the_environment_is_made_ends_nothing(tmp_path: Path) -> None:
+    kills = "environment=['kill -USR1 $$', 'kill -USR2 $$', 'kill -TERM $$']"
+    done = subprocess.run(scripted(tmp_path, "but", kills, program="sys.exit(99)"))
+    assert done.returncode == 99
+
+
 @pytest.mark.parametrize("code", [0, 1, 99, 100])
 def test_slurm_starts_again_what_ends_with_99(tmp_path: Path, code: int) -> None:
     command = scripted(
