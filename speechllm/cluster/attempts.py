@@ -81,13 +81,16 @@ class Attempts:
 def without_progress(attempts: Sequence[Attempt], task: int, step: int | None) -> list[Attempt]:
     """The task's last starts in a row, oldest first, that began at the step that still is the last.
 
-    Those before a person was asked do not count: after that the job was started by one.
+    Those before a person was asked do not count, nor those of a job that was submitted earlier:
+    after that the job was started by a person.
     """
     found: list[Attempt] = []
     for one in sorted(attempts, key=lambda one: one.number, reverse=True):
         if one.task != task:
             continue
         if one.step_before != step or one.code in (0, PERSON):
+            break
+        if found and one.job_id != found[-1].job_id:
             break
         found.insert(0, one)
     return found

@@ -12,7 +12,8 @@ from speechllm.cluster.group import AGAIN, PERSON, Result
 
 
 def attempt(number: int, step_before: int | None, code: int | None = AGAIN, **more) -> Attempt:
-    one = Attempt(more.pop("task", 1), number, "7", "h", 100.0 * number, step_before, **more)
+    task, job_id = more.pop("task", 1), more.pop("job_id", "7")
+    one = Attempt(task, number, job_id, "h", 100.0 * number, step_before, **more)
     one.code = code
     one.ended = None if code is None else one.started + 50
     one.reason = None if code is None else f"reason {number}"
@@ -32,9 +33,11 @@ AGAIN_NOW = Result(AGAIN, "preempted")
         ([attempt(1, 10), attempt(2, 10, PERSON), attempt(3, 10)], 10, 1),
         ([attempt(1, 10), attempt(2, 10, 0), attempt(3, 10)], 10, 1),
         ([attempt(1, 10, task=2), attempt(1, 10)], 10, 1),
+        ([attempt(1, 10, job_id="6"), attempt(2, 10), attempt(3, 10)], 10, 2),
     ],
-    ids=["first", "moved", "killed", "progress", "after a person", "after done", "other task"],
-)
+    ids=["first", "moved", "killed", "progress", "after a person", "after done", "other task",
+         "submitted again"],
+)  # fmt: skip
 def test_attempts_in_vain(attempts, step, vain):
     assert len(without_progress(attempts, 1, step)) == vain
 
