@@ -66,8 +66,14 @@ class Attempts:
 
     def save(self, attempt: Attempt) -> None:
         self.folder.write(_file(attempt), _text(attempt))
-        lines = [json.dumps(event) + "\n" for event in events(self.read())]
-        SharedFolder(self.job.own).write(self.job.attempts.name, "".join(lines))
+        text, written = self._list(), None
+        # Nodes end together: what one has made before another's record came must not stay last.
+        while text != written:
+            SharedFolder(self.job.own).write(self.job.attempts.name, text)
+            text, written = self._list(), text
+
+    def _list(self) -> str:
+        return "".join(json.dumps(event) + "\n" for event in events(self.read()))
 
     def step(self) -> int | None:
         """Of the newest complete checkpoint; None where there is none."""

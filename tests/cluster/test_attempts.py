@@ -8,6 +8,7 @@ import pytest
 from node_jobs import job_of
 
 from speechllm.cluster.attempts import Attempt, Attempts, events, judge, without_progress
+from speechllm.cluster.folder import SharedFolder
 from speechllm.cluster.group import AGAIN, PERSON, Result
 
 
@@ -80,6 +81,25 @@ def test_records_are_files_of_their_own_and_make_one_list(tmp_path):
     assert lines[3]["reason"] == "nobody came"
     assert {line["job_id"] for line in lines} == {"7"}
     assert [one.number for one in attempts.read()] == [1, 2, 1]
+
+
+def test_nodes_that_end_together_lose_no_line(tmp_path, monkeypatch):
+    """The second has read the records before the first one's end, and writes the list after it."""
+    job = job_of(tmp_path, "train", "x", mode="array", nodes=2)
+    first, second = Attempts(job), Attempts(job)
+    lead, other = first.begin(1, "7", "hostA"), second.begin(2, "7", "hostB")
+    lead.rank, other.rank = 0, 1
+    write = SharedFolder.write
+
+    def overtaken(folder: SharedFolder, name: str, text: str) -> None:
+        if name == job.attempts.name and lead.code is None:
+            first.end(lead, Result(0, "done"))
+        write(folder, name, text)
+
+    monkeypatch.setattr(SharedFolder, "write", overtaken)
+    second.end(other, Result(0, "done"))
+    events = [json.loads(line)["event"] for line in job.attempts.read_text().splitlines()]
+    assert events == ["start", "end"]
 
 
 def test_a_second_task_that_asks_for_a_person_is_in_the_list():
