@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from speechllm.cluster.rank import read_records
@@ -73,8 +74,9 @@ class Processes:
             kill_tree(self._launcher.pid)
             self._launcher.wait()
         for one in read_records(self.records):
-            if one.code is None and Path(f"/proc/{one.pid}").exists() and self._is_ours(one.pid):
-                os.kill(one.pid, signal.SIGKILL)
+            if one.code is None and self._is_ours(one.pid):
+                with suppress(ProcessLookupError):  # the kernel ends ranks with their launcher
+                    os.kill(one.pid, signal.SIGKILL)
 
     def codes(self) -> list[int | None]:
         """Exit codes of the ranks, as they left them."""

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -64,7 +65,8 @@ class Forwarder:
     def forward(self, number: signal.Signals, pids: Iterable[int]) -> None:
         for pid in pids:
             if pid not in self._told and catches(pid, number):
-                os.kill(pid, number)
+                with suppress(ProcessLookupError):  # it has ended since
+                    os.kill(pid, number)
                 self._told.add(pid)
 
 
