@@ -10,6 +10,7 @@ from pathlib import Path
 
 from speechllm.cluster.batch import Batch, QueuedTask
 from speechllm.cluster.job import Job, read_job
+from speechllm.cluster.status import parts_of, read_jsonl, started_ids
 from speechllm.cluster.submission import Submission, batch_of, find_submissions
 from speechllm.errors import UserError
 from speechllm.report.status import read_status
@@ -86,11 +87,13 @@ def cancel_job(
     The wish is a file that the job's nodes look for, so that it works on every site and saving may
     take longer than the batch system's own warning time.
     """
-    if not _tasks(batch, submission):
+    started = started_ids(read_jsonl(part.attempts) for part in parts_of(job))
+    ids = [*submission.job_ids, *sorted(started - set(submission.job_ids))]
+    if not _tasks(batch, ids):
         return "not in the queue"
     asked, began = time.time(), clock()
     job.cancel.touch()
-    running = _running(batch, submission)
+    running = _running(batch, ids)
     idle = [one for one in submission.job_ids if one not in running]
     if idle:
         batch.delete(idle)
@@ -99,20 +102,20 @@ def cancel_job(
         if _has_saved(job, asked):  # then it leaves by itself, and writes down how it ended
             until = min(until, clock() + LEAVING)
         sleep(1.0)
-        running = _running(batch, submission)
-    if left := sorted({task.job_id for task in _tasks(batch, submission)}):
+        running = _running(batch, ids)
+    if left := sorted({task.job_id for task in _tasks(batch, ids)}):
         batch.delete(left)
     if _has_saved(job, asked):
         return f"saved at step {(read_status(job.run) or {}).get('step')} and cancelled"
     return "cancelled"
 
 
-def _tasks(batch: Batch, submission: Submission) -> Sequence[QueuedTask]:
-    return [task for task in batch.queued() if task.job_id in submission.job_ids]
+def _tasks(batch: Batch, ids: Sequence[str]) -> Sequence[QueuedTask]:
+    return [task for task in batch.queued() if task.job_id in ids]
 
 
-def _running(batch: Batch, submission: Submission) -> set[str]:
-    return {task.job_id for task in _tasks(batch, submission) if task.state == "running"}
+def _running(batch: Batch, ids: Sequence[str]) -> set[str]:
+    return {task.job_id for task in _tasks(batch, ids) if task.state == "running"}
 
 
 def _has_saved(job: Job, asked: float) -> bool:

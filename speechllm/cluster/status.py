@@ -83,9 +83,8 @@ def rows_of(submission: Submission, batch: Batch | None = None) -> list[Row]:
     """The rows of one submission. batch: None asks the job's own."""
     job = read_job(Path(submission.folder) / "job.json")
     batch = batch or batch_of(job.site)
-    numbers = range(1, len(job.variants) + 1)
     own_runs = any(variant.run_dir for variant in job.variants)
-    parts = [job.for_task(number) for number in numbers] or [job]
+    parts = parts_of(job)
     queue = batch.queued()
     if own_runs:
         return [_row(part, [part], submission, queue, batch) for part in parts]
@@ -101,15 +100,14 @@ def _row(
 ) -> Row:
     """parts: what keeps records of its own, the job or each task of an array."""
     histories = [read_jsonl(part.attempts) for part in parts]
-    events = [event for history in histories for event in history]
-    ids = set(submission.job_ids) | {str(one["job_id"]) for one in events if one.get("job_id")}
+    ids = set(submission.job_ids) | started_ids(histories)
     tasks = [t for t in queue if t.job_id in ids and job.task in (None, t.task)]
     starts = [[one for one in history if one["event"] == "start"] for history in histories]
     lasts = [history[-1] if history else {} for history in histories]
     progress = (read_status(job.run) or {}) if job.kind == "train" else {}
     ends = {ended_state(last, progress) for last in lasts}
     state = queue_state(tasks) or next((end for end in _WORST_FIRST if end in ends), None)
-    if not tasks and state and job.cancel.exists() and progress.get("state") != "done":
+    if not tasks and job.cancel.exists() and progress.get("state") != "done":
         state = "cancelled"
     reason = ""
     if not state:
@@ -143,6 +141,16 @@ def _row(
         last_line_seconds=newest_age(job.logs),
         reason=reason,
     )
+
+
+def parts_of(job: Job) -> list[Job]:
+    """What keeps records of its own: each task of an array that works by itself, else the job."""
+    return [job.for_task(number) for number in range(1, len(job.variants) + 1)] or [job]
+
+
+def started_ids(histories: Iterable[Sequence[dict[str, Any]]]) -> set[str]:
+    """Of the jobs in lists of attempts, also of those that were submitted by hand."""
+    return {str(one["job_id"]) for history in histories for one in history if one.get("job_id")}
 
 
 def queue_state(tasks: Sequence[QueuedTask]) -> str | None:

@@ -155,6 +155,13 @@ def test_a_cancelled_job(tmp_path: Path) -> None:
     assert rows_of(submission_of(job), FakeBatch())[0].state == "done"
 
 
+def test_a_job_that_was_cancelled_before_it_began(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    job.cancel.touch()
+    [row] = rows_of(submission_of(job), FakeBatch())
+    assert (row.state, row.reason) == ("cancelled", "")
+
+
 def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
     job = job_in(tmp_path)
     note(job, START)

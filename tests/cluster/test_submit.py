@@ -369,6 +369,14 @@ def test_cancel_of_a_job_that_waits_is_at_once(train: Submit, tmp_path: Path) ->
     assert (said, deleted, slept) == ("cancelled", ["11"], 0)
 
 
+def test_cancel_of_a_job_that_was_submitted_by_hand(train: Submit, tmp_path: Path) -> None:
+    assert train()[0] == 0
+    start = {"event": "start", "time": 1.0, "job_id": "55"}
+    (folder_of(tmp_path) / "attempts.jsonl").write_text(json.dumps(start) + "\n")
+    said, deleted, slept, asked = cancelled(tmp_path, [queued("running", "55")], wait=3.0)
+    assert (said, deleted, slept, asked) == ("cancelled", ["11", "55"], 3, True)
+
+
 def test_submitting_again_takes_back_the_wish_to_cancel(train: Submit, tmp_path: Path) -> None:
     assert train()[0] == 0
     cancel = folder_of(tmp_path) / "cancel"
