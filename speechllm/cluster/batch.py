@@ -73,7 +73,11 @@ class Client:
         """Raises BatchError where there is no such command."""
         try:
             done = subprocess.run(
-                [*self.prefix, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL
+                [*self.prefix, *words],
+                capture_output=True,
+                text=True,
+                errors="replace",  # other jobs' names and messages may be of another locale
+                stdin=subprocess.DEVNULL,
             )
         except OSError as error:
             raise BatchError(

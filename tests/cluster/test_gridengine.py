@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -188,6 +189,13 @@ def test_a_missing_command_says_where_it_works() -> None:
 def test_a_prefix_stands_before_every_command() -> None:
     output = Client(("echo", "on", "head")).run("qsub", "a  b", "$HOME", "")
     assert output.out == "on head qsub a  b $HOME \n"
+
+
+def test_names_in_another_encoding_are_no_error() -> None:
+    """Of any other job of the user's, as of one submitted in an older locale."""
+    write = "import sys; sys.stdout.buffer.write(b'p\\xf8epis'); sys.stderr.buffer.write(b'\\xf8')"
+    output = Client((sys.executable, "-c", write)).run("qstat")
+    assert (output.code, output.out[0], output.out[-4:]) == (0, "p", "epis")
 
 
 def test_the_queue() -> None:
