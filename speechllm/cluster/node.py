@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from speechllm.cluster.attempts import Attempt, Attempts, judge, without_progress
 from speechllm.cluster.folder import SharedFolder
@@ -247,10 +247,10 @@ class Node:
             job, records, devices=claimed.environment, deadline=self.deadline, lease=held,
             environment=self.environment,
         )  # fmt: skip
-        before = read_status(job.run) or {}
+        saves = job.kind == "train"
+        before = self._status()
         logger.info("node %d of %d: %s", place.node_rank + 1, place.nodes, shlex.join(command))
         logger.info("each process runs: python %s", shlex.join(job.after_python))
-        saves = job.kind == "train"
         processes = Processes(
             command, environment, directory=job.directory, records=records, saves=saves
         )
@@ -264,9 +264,13 @@ class Node:
         code = processes.poll()
         assert code is not None
         return verdict(
-            code, processes.codes(), before=before, after=read_status(job.run) or {},
+            code, processes.codes(), before=before, after=self._status(),
             stopped=self.stop.reason, saves=saves,
         )  # fmt: skip
+
+    def _status(self) -> dict[str, Any]:
+        """RUN/status.json where it is ours: other kinds work beside a training."""
+        return (read_status(self.job.run) or {}) if self.job.kind == "train" else {}
 
     def _look_after(self, processes: Processes, group: Generation | None) -> Result | None:
         """Until they have ended, or have to be ended for the Result's reason."""

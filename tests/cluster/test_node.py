@@ -243,6 +243,17 @@ def test_trouble_of_the_file_system_is_no_failure_of_the_program(tmp_path):
     assert str(job.meeting) in Attempts(job).read()[0].reason
 
 
+def test_only_a_training_is_judged_by_the_status_of_the_run(tmp_path):
+    """A training may end in the run directory while its checkpoints are decoded."""
+    done = json.dumps({"state": "done", "step": 9, "time": 2.0, "reason": None})
+    body = (
+        f"import os, pathlib, signal\npathlib.Path({str(tmp_path / 'status.json')!r})"
+        f".write_text({done!r})\nos.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    code, output = run_node(job_of(tmp_path, program(tmp_path, body), kind="command"))
+    assert code == 137, output
+
+
 def test_gpus_that_others_hold(tmp_path):
     claim = {"kind": "locks", "folder": str(tmp_path / "locks"), "devices": 2}
     job = job_of(
