@@ -123,7 +123,8 @@ def _row(
     if not hosts:
         hosts = {host for history in starts if history for host in history[-1].get("hosts", [])}
     age = time.time() - float(progress.get("time", 0))
-    eta = progress.get("eta_seconds")
+    # While a start loads, what stands there is of the one before, which has saved and left.
+    eta = progress.get("eta_seconds") if progress.get("state") == "running" else None
     return Row(
         job=job.name if job.task is None else f"{job.name}.{job.task}",
         kind=job.kind,

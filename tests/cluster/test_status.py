@@ -72,6 +72,15 @@ def test_a_running_job(tmp_path: Path) -> None:
     assert row.reason == ""
 
 
+def test_a_run_that_is_being_started_again_tells_no_time_left(tmp_path: Path) -> None:
+    job = job_in(tmp_path)
+    note(job, START, {"event": "end", "code": 99, "reason": "SIGUSR2"}, START)
+    saved = PROGRESS | {"state": "saved", "time": time.time() - 7200}
+    (tmp_path / "status.json").write_text(json.dumps(saved))
+    [row] = rows_of(submission_of(job), FakeBatch([[task("running")]]))
+    assert (row.state, row.step, row.eta_seconds) == ("running", 40, None)
+
+
 def test_why_a_job_waits_is_told(tmp_path: Path) -> None:
     job = job_in(tmp_path)
     batch = FakeBatch([[task("pending", None, None)]], reasons=["no gpu", "queue full"])
