@@ -51,7 +51,8 @@ def logs(options: argparse.Namespace) -> int:
     for file in sorted(files):
         print(f"{'==>' if file == newest else '   '} {file}", file=sys.stderr)
     with newest.open(encoding="utf-8", errors="replace") as text:
-        print("".join(text.readlines()[-options.lines :]), end="", flush=True)
+        lines = text.readlines()
+        print("".join(lines[max(0, len(lines) - options.lines) :]), end="", flush=True)
         try:
             while options.follow:
                 print(text.read(), end="", flush=True)

@@ -330,6 +330,7 @@ def test_logs(train: Submit, submit: Submit, tmp_path: Path) -> None:
     code, out, err = submit("logs", "11", "--task", "1", "-n", "2")
     assert (code, out) == (0, "1 line 7\n1 line 8\n")
     assert "asr.11.1.log" in err
+    assert submit("logs", "11", "-n", "0")[:2] == (0, "")
 
 
 def queued(state: Any, job_id: str = "11") -> list[QueuedTask]:
