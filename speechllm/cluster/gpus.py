@@ -25,6 +25,7 @@ from speechllm.cluster.sections import (
     SafeGpuClaim,
     SchedulerClaim,
 )
+from speechllm.cluster.signals import ignore_stop_signals
 from speechllm.errors import UserError
 
 RETRY = 2.0
@@ -197,6 +198,7 @@ def _hold_safe_gpu(count: int, stack: ExitStack) -> tuple[str, ...]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=ignore_stop_signals,  # the job still saves when it is warned
     )
     stack.callback(_end, holder)
     assert holder.stdout is not None

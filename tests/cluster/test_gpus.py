@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -199,7 +200,10 @@ def test_the_package_safe_gpu_claims_in_a_process_that_ends_with_the_claim(tmp_p
     with claim_gpus(SafeGpuClaim(), 2) as claimed:
         assert claimed.devices == ("0", "1")
         pid = int((tmp_path / "pid").read_text())
-        assert Path(f"/proc/{pid}").exists()
+        for warning in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):  # sent to all of a job
+            os.kill(pid, warning)
+        time.sleep(0.2)
+        assert b"safe_gpu" in Path(f"/proc/{pid}/cmdline").read_bytes()
     assert not Path(f"/proc/{pid}").exists()
     with pytest.raises(GpusBusy, match="only found these free"), claim_gpus(SafeGpuClaim(), 3):
         pass
