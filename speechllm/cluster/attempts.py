@@ -20,9 +20,10 @@ from speechllm.cluster.job import Job
 
 @dataclass
 class Attempt:
-    """One start of one task. started, ended: Unix seconds of that host; ended and code are None
-    while it runs, and for ever where it was killed. step: of the newest checkpoint then.
-    generation, hosts: of the group that it worked in, once there was one."""
+    """One start of one task. started, ended: Unix seconds of the file server, as clocks of hosts
+    differ; ended and code are None while it runs, and for ever where it was killed. step: of the
+    newest checkpoint then. generation, hosts: of the group that it worked in, once there was one.
+    """
 
     task: int
     number: int
@@ -57,10 +58,12 @@ class Attempts:
         # Where a start overlaps with the one before it, both count the same records.
         while not self.folder.publish(_file(attempt), _text(attempt)):
             attempt.number += 1
+        attempt.started = self.folder.touch(_file(attempt))
+        self.folder.write(_file(attempt), _text(attempt))
         return attempt
 
     def end(self, attempt: Attempt, result: Result) -> None:
-        attempt.ended, attempt.step_after = time.time(), self.step()
+        attempt.ended, attempt.step_after = self.folder.touch(_file(attempt)), self.step()
         attempt.code, attempt.reason = result.code, result.reason
         self.save(attempt)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from node_jobs import job_of
@@ -81,6 +82,19 @@ def test_records_are_files_of_their_own_and_make_one_list(tmp_path):
     assert lines[3]["reason"] == "nobody came"
     assert {line["job_id"] for line in lines} == {"7"}
     assert [one.number for one in attempts.read()] == [1, 2, 1]
+
+
+def test_a_host_whose_clock_is_behind_does_not_upset_the_order(tmp_path, monkeypatch):
+    job = job_of(tmp_path, "train", "x")
+    for ahead in (0, -300):
+        now = time.time() + ahead
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        attempts = Attempts(job)
+        one = attempts.begin(1, "7", f"host{ahead}")
+        attempts.end(one, Result(AGAIN if ahead == 0 else 0, "ended"))
+        monkeypatch.undo()
+    lines = [json.loads(line) for line in job.attempts.read_text().splitlines()]
+    assert [line.get("code") for line in lines] == [None, AGAIN, None, 0]
 
 
 def test_nodes_that_end_together_lose_no_line(tmp_path, monkeypatch):
