@@ -7,6 +7,7 @@ sets what it must know and then runs the job's script.
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
@@ -41,20 +42,26 @@ class Slaves:
         folder = job.own / "nodes"
         folder.mkdir(parents=True, exist_ok=True)
         job_id = environment.get("JOB_ID", "0")
+        # The PATH of a job may be a short one, without Grid Engine's own programs.
+        program = shutil.which("qrsh") or str(Path(environment.get("SGE_BINARY_PATH", ""), "qrsh"))
         self._running = [
-            subprocess.Popen(
-                [
-                    "qrsh",
-                    "-inherit",
-                    "-nostdin",
-                    host,
-                    str(self._script(job, folder, job_id, task)),
-                ],
+            self._start(program, host, self._script(job, folder, job_id, task))
+            for task, host in enumerate(hosts[1:], start=2)
+        ]
+
+    def _start(self, program: str, host: str, script: Path) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                [program, "-inherit", "-nostdin", host, str(script)],
                 stdin=subprocess.DEVNULL,
                 preexec_fn=ignore_stop_signals,
             )
-            for task, host in enumerate(hosts[1:], start=2)
-        ]
+        except OSError as error:
+            raise UserError(
+                f"{program}, which starts the other nodes, cannot be run ({error.strerror}); give "
+                "its folder in a line of the profile's `environment`, as in "
+                "export PATH=$PATH:FOLDER, or use multi_node: array"
+            ) from None
 
     def _script(self, job: Job, folder: Path, job_id: str, task: int) -> Path:
         script = folder / f"{job_id}.{task}.sh"
