@@ -34,7 +34,7 @@ def test_a_run_that_its_soft_limit_ends_goes_on_elsewhere(
     grid: Grid, grid_shards: Path, undisturbed: Path, seconds_of_a_run: float
 ) -> None:
     # Long enough for the second start: Grid Engine lets a job meet its limit only once.
-    limit = round(max(20.0, 2.5 * seconds_of_a_run))
+    limit = round(max(30.0, 4 * seconds_of_a_run))
     job = submit_training(grid, grid_shards, "limited", "--with", f"requests.s_rt=0:0:{limit}")
     with job.held_after(5):
         last = job.starts()[-1]
