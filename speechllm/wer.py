@@ -101,9 +101,10 @@ def read_predictions(path: str) -> Predictions:
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        lines = sorted((file / "predictions").glob("*.jsonl")) or sorted(file.glob("*.jsonl"))
-        if lines:
-            return {each.stem: _read_lines(each) for each in lines}
+        for folder in (file / "predictions", file):
+            # Hidden ones are slices of splits, and what an interrupted decoding has so far.
+            if lines := sorted(folder.glob("[!.]*.jsonl")):
+                return {each.stem: _read_lines(each) for each in lines}
         if not (file / "test_predictions.json").is_file():
             raise UserError(
                 f"{path}: no predictions/*.jsonl and no test_predictions.json in this directory; "

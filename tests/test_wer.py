@@ -166,6 +166,21 @@ def test_reads_every_form(tmp_path):
     assert read_predictions(str(splits)) == {"dev": (["a"], ["b"])}
 
 
+def test_what_decoding_keeps_for_itself_is_no_split(tmp_path):
+    """Slices stay beside the merged predictions; an interrupted decoding leaves its parts."""
+    run = tmp_path / "run"
+    _write_lines(run / "predictions" / ".test.slice1of2.jsonl", _rows())
+    _write_lines(run / "predictions" / ".test.slice2of2.jsonl", [])
+    _write_lines(run / "predictions" / ".dev.part0.jsonl", _rows())
+    with pytest.raises(UserError, match=r"no predictions/\*\.jsonl.*`generate`"):
+        read_predictions(str(run))
+    with pytest.raises(UserError, match=r"no predictions/\*\.jsonl.*`generate`"):
+        read_predictions(str(run / "predictions"))
+    _write_lines(run / "predictions" / "test.jsonl", _rows())
+    assert read_predictions(str(run)) == {"test": (REFS, HYPS)}
+    assert read_predictions(str(run / "predictions")) == {"test": (REFS, HYPS)}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
