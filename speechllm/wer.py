@@ -101,7 +101,9 @@ def read_predictions(path: str) -> Predictions:
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        for folder in (file / "predictions", file):
+        # The other .jsonl files of a run directory are its metrics and evaluations.
+        is_run = (file / "config.yaml").is_file()
+        for folder in (file / "predictions", *(() if is_run else (file,))):
             # Hidden ones are slices of splits, and what an interrupted decoding has so far.
             if lines := sorted(folder.glob("[!.]*.jsonl")):
                 return {each.stem: _read_lines(each) for each in lines}

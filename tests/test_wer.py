@@ -181,6 +181,16 @@ def test_what_decoding_keeps_for_itself_is_no_split(tmp_path):
     assert read_predictions(str(run / "predictions")) == {"test": (REFS, HYPS)}
 
 
+def test_the_metrics_of_a_run_are_no_predictions(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    _write_lines(tmp_path / "metrics.jsonl", [{"step": 1, "loss": 5.0}])
+    with pytest.raises(UserError, match=r"no predictions/\*\.jsonl.*`generate`"):
+        read_predictions(str(tmp_path))
+    splits = {"dev": {"labels": REFS, "predictions": HYPS}}
+    (tmp_path / "test_predictions.json").write_text(json.dumps(splits))
+    assert read_predictions(str(tmp_path)) == {"dev": (REFS, HYPS)}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
