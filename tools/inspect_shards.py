@@ -212,6 +212,8 @@ def extract(corpus: Corpus, key: str, target: str, *, overwrite: bool) -> None:
     if number < 0:
         raise UserError(f"no utterance {key!r} in these {len(corpus.shards)} shards")
     utterance = Store(corpus).read(number)
+    if target.endswith("/"):
+        os.makedirs(target, exist_ok=True)
     if os.path.isdir(target):
         # A foreign key may hold slashes and dots; as a name it must not lead out of the directory.
         target = os.path.join(target, f"{safe_key(unquote(utterance.key))}.wav")

@@ -133,6 +133,12 @@ def test_one_utterance_is_extracted(directory: Path, capsys: pytest.CaptureFixtu
         main([str(directory), "--extract", "b"])
 
 
+def test_a_target_with_a_slash_is_a_directory_there_or_not(directory: Path) -> None:
+    command = [str(directory), "--extract", "b", "--to", f"{directory}/new/", "--overwrite"]
+    assert main(command) == main(command) == 0
+    assert [path.name for path in (directory / "new").iterdir()] == ["b.wav"]
+
+
 def test_nothing_is_overwritten_unasked(directory: Path) -> None:
     target = directory / "one.wav"
     target.write_bytes(b"mine")
