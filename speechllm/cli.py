@@ -221,6 +221,8 @@ def _generate(options: argparse.Namespace) -> int:
             )
         if not name or "/" in name or name.startswith("."):
             raise UserError(f"--split {name!r}: a split's name is a plain name, as in test=DIR")
+        if name in splits:  # both would be one file of predictions
+            raise UserError(f"--split {name!r} is given twice; give each split a name of its own")
         splits[name] = patterns
     if options.merge is not None:
         return _merge(options, list(splits))

@@ -126,6 +126,10 @@ CASES: dict[str, tuple[Case, list[str]]] = {
     "a split named as a path": (
         lambda t, s: ["generate", str(t), "--split", f"../x={s}"], ["../x"],
     ),
+    "a split named twice": (
+        lambda t, s: ["generate", str(t), "--split", f"test={s}", "--split", "test=data/other"],
+        ["'test'", "twice"],
+    ),
     "wer of nothing": (lambda t, s: ["wer", str(t / "none.jsonl")], ["none.jsonl"]),
     "wer of something else": (lambda t, s: ["wer", str(text_file(t, "hello"))], ["file"]),
     "report of no run": (lambda t, s: ["report", str(t)], ["config.yaml"]),

@@ -125,6 +125,10 @@ def generate_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
     for split in options.split:
         if not all(split.partition("=")):
             raise ConfigError(f"--split {split!r}: write it as NAME=DIR_OR_GLOB")
+    names = [split.partition("=")[0] for split in options.split]
+    for name in names:
+        if names.count(name) > 1:  # their tasks would write the same files
+            raise ConfigError(f"--split {name!r} is given twice; give each split a name of its own")
     gpus = gpus_of(options, site)
     name = checked_name(options, f"{Path(run_dir).name}_generate")
     array = make_job(

@@ -318,6 +318,9 @@ def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
     assert (code, "neither a run directory" in err) == (2, True)
     code, _, err = submit("generate", "exp/asr", "--split", "a", "--site", "but")
     assert (code, "NAME=DIR_OR_GLOB" in err) == (2, True)
+    twice = ("--split", "a=data/a", "--split", "a=data/b")
+    code, _, err = submit("generate", "exp/asr", *twice, "--site", "but")
+    assert (code, "'a' is given twice" in err) == (2, True)
 
 
 def test_logs(train: Submit, submit: Submit, tmp_path: Path) -> None:
