@@ -114,7 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     slices.add_argument(
         "--merge", type=int, metavar="N", help="decode nothing: merge N slices, and score"
     )
-    generate.add_argument("overrides", nargs="*", metavar="a.b=value", help="as in train")
+    generate.add_argument(
+        "overrides", nargs="*", default=[], metavar="a.b=value", help="as in train"
+    )
     generate.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     generate.set_defaults(command=_generate)
 
@@ -133,8 +135,9 @@ def _parser() -> argparse.ArgumentParser:
         "--normalizer", choices=("whisper_en", "basic", "none"), default="whisper_en",
         help="applied to both sides first (default: %(default)s)",
     )  # fmt: skip
-    wer.add_argument("--json", action="store_true")
-    wer.add_argument(
+    shown = wer.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true")
+    shown.add_argument(
         "--errors", type=int, default=0, metavar="N", help="also show the N most frequent errors"
     )
     wer.set_defaults(command=_wer)
@@ -164,7 +167,7 @@ def _is_override(argument: str) -> bool:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=value", help="override a key of the file"
+        "overrides", nargs="*", default=[], metavar="a.b=value", help="override a key of the file"
     )
 
 

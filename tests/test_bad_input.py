@@ -157,6 +157,21 @@ CASES: dict[str, tuple[Case, list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["train"], "required: CONFIG\n"),
+        (["wer", "a.jsonl", "--json", "--errors", "3"], "--errors: not allowed with"),
+    ],
+)
+def test_the_parser_says_what_is_wrong(
+    command: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(command)
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_exit_code_2_and_a_message(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
