@@ -22,7 +22,13 @@ from speechllm.planner.room import needs_checkpointing
 from speechllm.prepare import Split, TextSide, open_split, prepare_text
 from speechllm.preview import write_preview
 from speechllm.settle import measured_in_training, settle
-from speechllm.training_data import epoch_plans, in_words, open_training, training_key
+from speechllm.training_data import (
+    ctc_advice,
+    epoch_plans,
+    in_words,
+    open_training,
+    training_key,
+)
 
 GIB = 2**30
 
@@ -94,6 +100,7 @@ def _check_data(config: Config, findings: Findings, preview: Path | None) -> dic
     train = _opened(key, lambda: open_training(config, text), findings)
     if train is not None:
         findings.lines += [f"           {line}" for line in in_words(train)]
+        findings.lines += [f"  advice   {line}" for line in ctc_advice(config, train, text)]
         plan = epoch_plans(config, train)(0)
         packed = config.performance.packing == "on"
         padding = 0.0 if packed else plan.padding_behind(_cached(config, text))

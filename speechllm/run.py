@@ -43,6 +43,7 @@ from speechllm.snapshot import CheckpointWriter, read_trainable
 from speechllm.strategy.base import Strategy
 from speechllm.strategy.build import build_strategy
 from speechllm.training_data import (
+    ctc_advice,
     epoch_plans,
     in_words,
     open_training,
@@ -255,7 +256,7 @@ def _say_what_runs(
     )  # fmt: skip
     for line in in_words(train):
         logger.info("%s", line)
-    for line in text.advice:
+    for line in (*text.advice, *ctc_advice(config, train, text)):
         logger.warning("%s", line)
     waste = -config.data.microbatches_per_step % world.size
     if waste:

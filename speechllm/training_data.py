@@ -24,6 +24,7 @@ from speechllm.data.shared import SHARED_UTTERANCES, shared_arrays
 from speechllm.features import read_features
 from speechllm.model.build import audio_token_counter
 from speechllm.prepare import Split, TextSide, open_split, plan_settings
+from speechllm.types import SAMPLE_RATE
 
 
 def open_training(config: Config, text: TextSide, *, budget: int | None = None) -> Split:
@@ -219,3 +220,23 @@ def in_words(split: Split) -> list[str]:
             f"an epoch takes {part.per_epoch} ({times:.2f} times)"
         )
     return lines
+
+
+def ctc_advice(config: Config, split: Split, text: TextSide) -> list[str]:
+    """A line where targets, as far as they were counted, have no room in their audio tokens.
+
+    CTC gives each token, and the end token, an audio token of its own; what does not fit counts as
+    a loss of zero, so a run could look perfect and learn nothing.
+    """
+    if not config.train.ctc_steps or split.texts is None:
+        return []
+    kept = split.selection.kept
+    samples = np.rint(split.corpus.durations[kept] * SAMPLE_RATE).astype(np.int64)
+    longer = np.count_nonzero(split.texts.targets[kept] + 1 > text.audio_tokens(samples))
+    if not longer:
+        return []
+    return [
+        f"train.ctc_steps: {longer} of {len(kept)} utterances have more text tokens than audio "
+        "tokens, and CTC learns nothing from these; a lower model.connector.downsampling_factor "
+        "gives more audio tokens"
+    ]

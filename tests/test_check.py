@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from runs import TINY
+from runs import TINY, metrics
+from speech_files import write_shards
 
 import speechllm.check
 import speechllm.settle
@@ -84,3 +85,20 @@ def test_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     found = capsys.readouterr().out
     assert "MISSING  data.train" in found
     assert "ok       weights" in found
+
+
+def test_targets_that_ctc_cannot_align_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_shards(tmp_path / "shards", 8)
+    command = [TINY, f"run_dir={tmp_path / 'run'}", f"data.train={shards}", "data.num_workers=0"]
+    coarse = [*command, "model.connector.downsampling_factor=64", "train.steps=1"]
+    said = "8 of 8 utterances have more text tokens than audio tokens"
+    assert main(["check", *coarse]) == 0
+    assert said not in capsys.readouterr().out
+    assert main(["check", *coarse, "train.ctc_steps=1"]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["train", *coarse, "train.ctc_steps=1"]) == 0
+    assert said in (tmp_path / "run" / "train.log").read_text()
+    (step,) = metrics(tmp_path / "run")
+    assert step["loss"] == 0
