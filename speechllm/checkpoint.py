@@ -60,7 +60,7 @@ def find_checkpoint(where: Path, *, prefer: str = "best") -> Path:
     Raises CheckpointError when there is none.
     """
     if (where / "COMPLETE").is_file():
-        return where
+        return where.resolve()  # `best` is another one tomorrow, and does not lie where it points
     complete = complete_checkpoints(where)
     if not complete:
         raise CheckpointError(

@@ -152,7 +152,7 @@ def generate_run(
     part: decode no more than that, into a hidden file for `merge_slices`.
     """
     config, model, text, checkpoint = load_trained(run, overrides, prefer=prefer, world=world)
-    run_dir = checkpoint.parent.parent if run == checkpoint else run
+    run_dir = checkpoint.parents[1] if (run / "COMPLETE").is_file() else run
     written = {}
     for name, patterns in splits.items():
         split = open_split(

@@ -129,6 +129,18 @@ def test_no_checkpoint_is_an_error_and_not_step_zero(tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
+def test_a_checkpoint_is_found_by_any_path_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, [1])
+    (tmp_path / "best").unlink(missing_ok=True)
+    (tmp_path / "best").symlink_to("checkpoints/step_00000001")
+    found = checkpoint_path(tmp_path, 1)
+    assert find_checkpoint(tmp_path / "best") == found
+    monkeypatch.chdir(found.parent)
+    assert find_checkpoint(Path(found.name)) == found
+
+
 @pytest.mark.parametrize("damage", ["{", '{"format": 99}', "{}"])
 def test_unreadable_state_names_the_file(tmp_path: Path, damage: str) -> None:
     write(tmp_path, [1])

@@ -114,6 +114,17 @@ def test_other_settings_decode_anew(trained: Path, shards: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_predictions_of_the_link_to_the_best_are_with_its_run(trained: Path, shards: Path) -> None:
+    best = trained / "best"
+    best.unlink(missing_ok=True)
+    best.symlink_to("checkpoints/step_00000002")
+    written = generate_run(best, {"linked": str(shards)}, ["data.max_seconds=0.5"], ALONE)
+    best.unlink()
+    assert written["linked"] == trained / "predictions" / "linked.jsonl"
+    maker = json.loads((trained / "predictions" / ".linked.json").read_text(encoding="utf-8"))
+    assert maker["checkpoint"] == "step_00000002"
+
+
 def test_two_ranks_share_the_work_and_say_the_same(
     trained: Path, shards: Path, tmp_path: Path
 ) -> None:
