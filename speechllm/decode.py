@@ -167,6 +167,9 @@ def generate_run(
             "generation": config.generation.model_dump(mode="json"),
             "precision": config.precision,
             "encoder": config.model.encoder.model_dump(mode="json"),
+            "llm": [config.model.llm.id, config.model.llm.revision],
+            "prompt": config.model.prompt.model_dump(mode="json"),
+            "seconds": [config.data.min_seconds, config.data.max_seconds],
             "data": split.corpus.fingerprint,
         }
         label = part.label(name) if part else name

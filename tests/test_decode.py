@@ -113,6 +113,21 @@ def test_other_settings_decode_anew(trained: Path, shards: Path) -> None:
     assert lines(trained, "s") != four
 
 
+@pytest.mark.parametrize(
+    "setting",
+    ["data.max_seconds=0.6", "model.prompt.texts=Write it down: {audio}", "model.llm.revision=x"],
+)
+def test_what_is_read_and_asked_decodes_anew(trained: Path, shards: Path, setting: str) -> None:
+    few = ["data.max_seconds=0.5", "generation.max_new_tokens=2"]
+    maker = trained / "predictions" / ".asked.json"
+    generate_run(trained, {"asked": str(shards)}, few, ALONE)
+    before, said = maker.read_text(encoding="utf-8"), lines(trained, "asked")
+    generate_run(trained, {"asked": str(shards)}, [*few, setting], ALONE)
+    assert maker.read_text(encoding="utf-8") != before, "what was there counted as done"
+    if setting.startswith("data."):
+        assert len(lines(trained, "asked")) > len(said)
+
+
 @pytest.mark.distributed
 def test_predictions_of_the_link_to_the_best_are_with_its_run(trained: Path, shards: Path) -> None:
     best = trained / "best"
