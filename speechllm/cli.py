@@ -283,10 +283,12 @@ def _merge(options: argparse.Namespace, names: Sequence[str]) -> int:
 def _transcribe(options: argparse.Namespace) -> int:
     with libraries_stay():
         _quiet_transformers()
+        from speechllm.checkpoint import find_checkpoint
         from speechllm.transcribe import transcribe
         from speechllm.world import connected
 
-    with connected() as world:
+    config = load_config(str(find_checkpoint(options.run) / "config.yaml"), options.set)
+    with connected(config.device, timeout=config.collective_timeout) as world:
         transcripts = transcribe(options.run, options.audio, options.set, world)
     if options.json:
         print(json.dumps([asdict(t) for t in transcripts], ensure_ascii=False, indent=1))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import pytest
 import soundfile
@@ -34,7 +35,10 @@ def test_long_audio_is_cut_in_its_pauses_and_nothing_is_lost() -> None:
 
 
 def test_the_command_prints_text_for_files_of_any_kind(
-    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    shards: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "run"
     training = [f"run_dir={run}", f"data.train={shards}", "train.steps=1", "data.num_workers=0"]
@@ -50,3 +54,6 @@ def test_the_command_prints_text_for_files_of_any_kind(
     assert all(isinstance(line["text"], str) for line in found)
     assert main(["transcribe", str(run), files[0]]) == 0
     assert capsys.readouterr().out.strip() == found[0]["text"].strip()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["transcribe", str(run), files[0], "--set", "device=cuda"]) == 2
+    assert "device: cuda" in capsys.readouterr().err, "the setting was not looked at"
