@@ -229,18 +229,21 @@ def _decode_split(
 ) -> None:
     directory = final.parent
     done_file = directory / f".{name}.done.jsonl"
+    found = None
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         _collect_done(directory, name, maker, final, done_file)
-    world.barrier()
-    if final.is_file():
+        found = [final.is_file(), [line["number"] for line in read_lines(done_file)]]
+    # Told, not looked for: what another host sees of these files may be a minute old, and ranks
+    # that disagree skip utterances or wait for each other.
+    is_finished, done = world.from_main(found)
+    if is_finished:
         logger.info("%s: already decoded, see %s", name, final)
         return
-    done = {line["number"] for line in read_lines(done_file)}
     if done:
         logger.info("%s: going on after %d decoded utterances", name, len(done))
     kept = _numbers_of(split, part, config)
-    left = kept[~np.isin(kept, np.fromiter(done, dtype=np.int64))]
+    left = kept[~np.isin(kept, np.array(done, dtype=np.int64))]
     cut = decoded_together(config, split.costs, left)
     share = rank_share(len(cut), world.rank, world.size)
     if not model.sharded:  # else all ranks run as many, or the collectives would not match

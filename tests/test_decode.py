@@ -149,6 +149,31 @@ def test_two_ranks_share_the_work_and_say_the_same(
     assert lines(trained, "both") == lines(trained, "alone")
 
 
+class SecondOfTwo(World):
+    """Its file server still shows what the first rank has removed, or not yet what it has written.
+    `told`: what the first rank says."""
+
+    told: Any
+
+    def from_main(self, value: Any) -> Any:
+        assert value is None
+        return self.told
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_what_is_done_is_what_the_first_rank_says(trained: Path, shards: Path) -> None:
+    generate_run(trained, {"seen": str(shards)}, [], ALONE)
+    second = SecondOfTwo(1, 2, 0, torch.device("cpu"))
+    object.__setattr__(second, "told", [False, list(range(40))])
+    generate_run(trained, {"seen": str(shards)}, ["generation.microbatch_tokens=100"], second)
+    part = (trained / "predictions" / ".seen.part1.jsonl").read_text(encoding="utf-8")
+    numbers = {json.loads(line)["number"] for line in part.splitlines()}
+    assert numbers
+    assert numbers < set(range(40, 48)), "not a share of what is left"
+
+
 def test_slices_merge_into_what_one_process_writes(
     trained: Path, shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
