@@ -12,7 +12,7 @@ import torch
 
 from speechllm.config.schema import Config
 from speechllm.errors import UserError
-from speechllm.model.build import bf16_is_fast
+from speechllm.model.build import bf16_is_fast, frozen_type
 from speechllm.model.prefix import why_not_cached
 from speechllm.model.pretrained import usual_attention
 from speechllm.planner.activations import Setting
@@ -134,7 +134,7 @@ def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:
     if precision == "auto":
         precision = "bf16" if bf16_is_fast(device) else "fp32"
     compute = 4 if precision == "fp32" else 2
-    frozen = 4 if precision == "fp32" or config.model.frozen_dtype == "fp32" else 2
+    frozen = frozen_type(config.model, precision, device).itemsize
     settings = _zero_settings(config)
     own = {config_name(config): settings} if settings is not None else {}
     shortcuts, plain = config.performance, is_plain(config)

@@ -314,3 +314,13 @@ def test_logits_are_there_in_chunks_or_all_at_once() -> None:
     assert logits(*chunk, "precision=bf16") == 96 * 2**20
     assert logits("precision=fp32") == min(512 * 2**20, 4 * 800 * vocabulary)
     assert logits("performance.preset=plain") == 3 * 4 * 4000 * vocabulary
+
+
+@pytest.mark.parametrize(("on_cpu", "stored"), [(True, 4), (False, 2)])
+def test_frozen_weights_of_fp16_are_stored_as_the_model_stores_them(
+    on_cpu: bool, stored: int
+) -> None:
+    config = large("precision=fp16")
+    found = job_of(config, architecture(config.model), Machine(1, 80 * GIB, on_cpu=on_cpu))
+    assert found.setting.frozen == stored
+    assert found.setting.attention == "sdpa"
