@@ -117,13 +117,13 @@ class FailureReport:
         mine = Failure(self.world.rank, self.attempt, time.time(), kind, text, code)
         if self.world.size == 1:
             self._append_to_log(text)
-            _tell_torchrun(mine)
+            tell_torchrun(mine, mine.rank)
             return
         failures = self._settle(mine)
         told = failures[0]
         if told.kind != "user":
             told = replace(told, text=self._explained(failures))
-        _tell_torchrun(told)
+        tell_torchrun(told, mine.rank)
         if told.rank == mine.rank:
             self._append_to_log(told.text)
         if mine.rank == speaker(failures, self.places, self.places[mine.rank].launcher):
@@ -258,12 +258,16 @@ def _lives(process: int) -> bool:
     return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
-def _tell_torchrun(failure: Failure) -> None:
-    """It ends its output with the `py_callstack` of the earliest of its ranks."""
+def tell_torchrun(failure: Failure, rank: int) -> None:
+    """It ends its output with the `py_callstack` of the earliest of its ranks, by whole seconds.
+
+    rank: this one, which may have failed because of that failure.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None:
         return
-    about = {"py_callstack": failure.text, "timestamp": str(int(failure.time))}
+    moment = int(failure.time) + (rank != failure.rank)
+    about = {"py_callstack": failure.text, "timestamp": str(moment)}
     message = {"message": failure.text, "extraInfo": about}
     try:
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")

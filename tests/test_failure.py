@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from safetensors.torch import load_file
 
@@ -25,7 +26,14 @@ from speechllm.checkpoint import find_checkpoint
 from speechllm.cli import main
 from speechllm.data.index import open_corpus
 from speechllm.errors import DataError
-from speechllm.failure import Failure, FailureReport, Place, in_order, speaker
+from speechllm.failure import (
+    Failure,
+    FailureReport,
+    Place,
+    in_order,
+    speaker,
+    tell_torchrun,
+)
 from speechllm.snapshot import CheckpointWriter
 from speechllm.train import train
 from speechllm.world import World
@@ -92,6 +100,21 @@ def test_the_first_traceback_ends_every_log(
     record = json.loads((tmp_path / "run" / "failures" / "rank_1.json").read_text())
     assert record["kind"] == "error"
     assert FAULT in record["text"]
+
+
+def test_torchrun_takes_the_cause_for_the_first_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it finds all ranks ended at once, whose records all tell of the cause."""
+    cause = Failure(1, "attempt", 1_700_000_000.9, "error", FAULT)
+    failed = {}
+    for rank in range(3):
+        file = tmp_path / f"{rank}.json"
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        tell_torchrun(cause, rank)
+        failed[rank] = ProcessFailure(rank, 100 + rank, 1, str(file))
+    rank, first = ChildFailedError("speechllm", failed).get_first_failure()
+    assert (rank, first.timestamp) == (1, 1_700_000_000)
 
 
 @pytest.mark.distributed
