@@ -26,6 +26,7 @@ class Server:
     latency: float = 0.0
     ranges: bool = True
     fault: Fault = lambda path, times: ""
+    retry_after: str = ""
     requests: list[tuple[str, str]] = field(default_factory=list)  # path, Range header
     released: threading.Event = field(default_factory=threading.Event)
 
@@ -52,7 +53,8 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(files.latency)
         fault = files.fault(self.path, sum(path == self.path for path, _ in files.requests))
         if fault.startswith("status"):
-            return self._empty(int(fault.split()[1]))
+            asked = {"Retry-After": files.retry_after} if files.retry_after else {}
+            return self._empty(int(fault.split()[1]), asked)
         if fault == "drop":
             self.close_connection = True
             return None

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from email.utils import mktime_tz, parsedate_tz
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
@@ -25,6 +26,7 @@ from speechllm.errors import DataError
 ATTEMPTS = 5
 TIMEOUT = 60.0  # seconds without a byte, after which an attempt has failed
 PAUSE = 0.5  # seconds after the first attempt, doubled after each further one
+LONGEST_PAUSE = 60.0  # however long a server asks for
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 _VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime", "created")
 _BUFFER = 1 << 20
@@ -40,7 +42,11 @@ class Stat(NamedTuple):
 
 
 class _PassingError(Exception):
-    """What may be gone at the next attempt."""
+    """What may be gone at the next attempt. pause: seconds that the server asks for before it."""
+
+    def __init__(self, said: str, pause: float = 0.0) -> None:
+        super().__init__(said)
+        self.pause = pause
 
 
 def stat(url: str) -> Stat:
@@ -141,9 +147,10 @@ def _repeated(url: str, attempt: Callable[[], T]) -> T:
         try:
             return attempt()
         except _PassingError as error:
-            reason = str(error)
+            reason, asked = str(error), error.pause
         if number < ATTEMPTS:  # not all processes of a job at the same moment
-            time.sleep(PAUSE * 2 ** (number - 1) * random.Random().uniform(0.5, 1.5))
+            own = PAUSE * 2 ** (number - 1) * random.Random().uniform(0.5, 1.5)
+            time.sleep(own + min(asked, LONGEST_PAUSE))
     raise DataError(f"{url}: {ATTEMPTS} attempts failed, the last with: {reason}")
 
 
@@ -217,7 +224,8 @@ def _http_errors(url: str) -> Iterator[None]:
     except urllib.error.HTTPError as error:
         said = f"{url}: HTTP status {error.code} ({error.reason})"
         if error.code in _PASSING:
-            raise _PassingError(said.removeprefix(f"{url}: ")) from error
+            pause = _asked_pause(error.headers.get("Retry-After", ""))
+            raise _PassingError(said.removeprefix(f"{url}: "), pause) from error
         if error.code in (404, 410):
             raise FileNotFoundError(said) from error
         if error.code in (401, 403, 407):
@@ -225,6 +233,14 @@ def _http_errors(url: str) -> Iterator[None]:
         raise OSError(said) from error
     except (OSError, http.client.HTTPException) as error:
         raise _PassingError(f"{type(error).__name__}: {error}") from error
+
+
+def _asked_pause(retry_after: str) -> float:
+    """Seconds, given as a number or as a date (RFC 9110, 10.2.3); 0 where neither."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    date = parsedate_tz(retry_after)
+    return 0.0 if date is None else max(0.0, mktime_tz(date) - time.time())
 
 
 def _total(response: Any) -> int | None:

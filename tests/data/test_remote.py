@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from email.utils import formatdate
 from pathlib import Path
 
 import fsspec
@@ -100,6 +101,27 @@ def test_a_lasting_fault_is_named_with_the_attempts(server: Server, fault: str, 
     with pytest.raises(DataError, match=rf"{url}: 5 attempts failed, the last with: .*{said}"):
         fetch(url, 100, 200, about)
     assert server.times("a.bin") == remote.ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [
+        ("30", 30, 31),
+        ("9000", remote.LONGEST_PAUSE, remote.LONGEST_PAUSE + 1),
+        (formatdate(4e9, usegmt=True), remote.LONGEST_PAUSE, remote.LONGEST_PAUSE + 1),
+        (formatdate(0, usegmt=True), 0, 1),
+        ("soon", 0, 1),
+    ],
+)
+def test_a_server_may_ask_for_a_pause(
+    server: Server, monkeypatch: pytest.MonkeyPatch, asked: str, least: float, most: float
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    server.retry_after = asked
+    server.fault = lambda path, times: "status 429" if times < 2 else ""
+    assert fetch_all(f"{server.url}/a.bin") == CONTENT
+    assert least <= max(pauses) <= most
 
 
 @pytest.mark.parametrize(
