@@ -284,12 +284,13 @@ def _transcribe(options: argparse.Namespace) -> int:
     with libraries_stay():
         _quiet_transformers()
         from speechllm.checkpoint import find_checkpoint
-        from speechllm.transcribe import transcribe
+        from speechllm.transcribe import load_files, transcribe
         from speechllm.world import connected
 
+    audio = load_files(options.audio)
     config = load_config(str(find_checkpoint(options.run) / "config.yaml"), options.set)
     with connected(config.device, timeout=config.collective_timeout) as world:
-        transcripts = transcribe(options.run, options.audio, options.set, world)
+        transcripts = transcribe(options.run, audio, options.set, world)
     if options.json:
         print(json.dumps([asdict(t) for t in transcripts], ensure_ascii=False, indent=1))
     else:

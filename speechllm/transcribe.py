@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,11 +34,21 @@ class Transcript:
     duration: float
 
 
+def load_files(files: Sequence[str]) -> dict[str, np.ndarray]:
+    """Samples of each file, 16 kHz mono int16. Raises AudioError naming the file."""
+    audio = {}
+    for file in files:
+        try:
+            audio[file] = load_audio(file)
+        except AudioError as error:
+            raise AudioError(f"{file}: {error}") from error
+    return audio
+
+
 def transcribe(
-    run: Path, files: Sequence[str], overrides: Sequence[str], world: World
+    run: Path, audio: Mapping[str, np.ndarray], overrides: Sequence[str], world: World
 ) -> list[Transcript]:
-    """Raises AudioError naming the file before anything is decoded, CheckpointError without one."""
-    audio = {file: _load(file) for file in files}
+    """audio: see load_files. Raises CheckpointError where the run has none."""
     config, model, text, _ = load_trained(run, overrides, prefer="best", world=world)
     return [
         Transcript(
@@ -46,13 +56,6 @@ def transcribe(
         )
         for file, samples in audio.items()
     ]
-
-
-def _load(file: str) -> np.ndarray:
-    try:
-        return load_audio(file)
-    except AudioError as error:
-        raise AudioError(f"{file}: {error}") from error
 
 
 def _decode(
