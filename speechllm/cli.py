@@ -12,6 +12,7 @@ from pathlib import Path
 
 from speechllm import __version__
 from speechllm.config.load import load_config
+from speechllm.config.splits import parse_splits
 from speechllm.errors import UserError
 from speechllm.garbage import libraries_stay
 from speechllm.planner.options import add_plan_options, sort_out
@@ -215,18 +216,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    splits = {}
-    for split in options.split:
-        name, equals, patterns = split.partition("=")
-        if not equals:
-            raise UserError(
-                f"--split {split!r}: write it as NAME=DIR_OR_GLOB, as in test=data/test"
-            )
-        if not name or "/" in name or name.startswith("."):
-            raise UserError(f"--split {name!r}: a split's name is a plain name, as in test=DIR")
-        if name in splits:  # both would be one file of predictions
-            raise UserError(f"--split {name!r} is given twice; give each split a name of its own")
-        splits[name] = patterns
+    splits = parse_splits(options.split)
     if options.merge is not None:
         return _merge(options, list(splits))
     with libraries_stay():

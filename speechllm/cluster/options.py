@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import os
 import re
@@ -105,6 +106,15 @@ def refuse_unshared(run_dir: str, site: SiteProfile) -> None:
             f"{run_dir} is in none of the folders that all hosts see "
             f"({', '.join(map(str, folders))}); choose a run_dir there"
         )
+
+
+def require_data(key: str, pattern: str, options: argparse.Namespace) -> None:
+    """Raise ConfigError where a directory or pattern finds nothing here; what is elsewhere, or made
+    by a job that is waited for, cannot be looked for."""
+    elsewhere = any(sign in pattern for sign in ("://", "::", "{"))
+    found = glob.glob(pattern, recursive=True) or os.path.exists(pattern)
+    if not (options.hold or elsewhere or found):
+        raise ConfigError(f"{key}: {pattern}: no such directory or files here")
 
 
 def submit_all(

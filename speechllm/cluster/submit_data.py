@@ -13,11 +13,13 @@ from speechllm.cluster.options import (
     checked_name,
     gpus_of,
     make_job,
+    require_data,
     site_of,
     submit_all,
 )
 from speechllm.cluster.profile import SiteProfile
 from speechllm.cluster.submission import REPOSITORY
+from speechllm.config.splits import parse_splits
 from speechllm.errors import ConfigError
 
 MAKE_SHARDS = REPOSITORY / "tools" / "make_shards.py"
@@ -121,14 +123,9 @@ def generate_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
     if options.parts < 1:
         raise ConfigError("--parts must be 1 or more")
     run = os.path.abspath(options.run)
-    run_dir = run_of(run)
-    for split in options.split:
-        if not all(split.partition("=")):
-            raise ConfigError(f"--split {split!r}: write it as NAME=DIR_OR_GLOB")
-    names = [split.partition("=")[0] for split in options.split]
-    for name in names:
-        if names.count(name) > 1:  # their tasks would write the same files
-            raise ConfigError(f"--split {name!r} is given twice; give each split a name of its own")
+    run_dir = run_of(run, options)
+    for split, patterns in parse_splits(options.split).items():
+        require_data(f"--split {split}", patterns, options)
     gpus = gpus_of(options, site)
     name = checked_name(options, f"{Path(run_dir).name}_generate")
     array = make_job(
@@ -159,12 +156,16 @@ def generate_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
     return [array, score]
 
 
-def run_of(path: str) -> str:
-    """The run directory of a run or checkpoint directory. Raises ConfigError for anything else."""
+def run_of(path: str, options: argparse.Namespace) -> str:
+    """The run directory of a run or checkpoint directory. Raises ConfigError for anything else,
+    save where a job is waited for, which may make the run."""
     resolved = Path(path).resolve()
     for run in (Path(path), resolved, *resolved.parents[:2]):
         if (run / "config.yaml").is_file() and (run / "checkpoints").is_dir():
             return str(run)
+    is_checkpoint = Path(path).name == "best" or Path(path).parent.name == "checkpoints"
+    if options.hold and not is_checkpoint:
+        return path
     raise ConfigError(f"{path}: neither a run directory with checkpoints nor a checkpoint of one")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import itertools
 import os
 import re
@@ -16,6 +15,7 @@ from speechllm.cluster.options import (
     checked_name,
     gpus_of,
     make_job,
+    require_data,
     site_of,
     submit_all,
 )
@@ -70,7 +70,7 @@ def train_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, Conf
 
     Raises ConfigError where configuration, profile and options do not fit together.
     """
-    config = checked_config(options.config, options.overrides)
+    config = checked_config(options, options.overrides)
     assert config.run_dir is not None
     name = checked_name(options, Path(config.run_dir).name)
     if options.nodes < 1 or not 1 <= (options.min_nodes or 1) <= options.nodes:
@@ -98,7 +98,7 @@ def sweep(options: argparse.Namespace) -> int:
 
 def sweep_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, list[Config]]:
     """An array job with one task for each combination; each has a run directory below RUN."""
-    base = checked_config(options.config, options.overrides)
+    base = checked_config(options, options.overrides)
     assert base.run_dir is not None
     name = checked_name(options, Path(base.run_dir).name)
     folder = Path(base.run_dir, "cluster", name)
@@ -106,7 +106,7 @@ def sweep_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, list
     for number, chosen in enumerate(combinations(options.vary), start=1):
         run_dir = str(Path(base.run_dir, variant_name(chosen)))
         overrides = [*options.overrides, *chosen, f"run_dir={run_dir}"]
-        configs.append(checked_config(options.config, overrides))
+        configs.append(checked_config(options, overrides))
         file = folder / f"config.{number}.yaml"
         variants.append(Variant(arguments=(str(file),), run_dir=run_dir))
     job = make_job(
@@ -146,11 +146,12 @@ def variant_name(chosen: Sequence[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_.=+-]+", "-", "_".join(short))
 
 
-def checked_config(path: str, overrides: Sequence[str]) -> Config:
+def checked_config(options: argparse.Namespace, overrides: Sequence[str]) -> Config:
     """The configuration with an absolute run directory, known to name data that exist here.
 
     A mistake found now costs nothing; found by the job, it costs the wait in the queue.
     """
+    path = options.config
     config = load_config(path, overrides)
     if config.run_dir is None:
         raise ConfigError(f"{path}: run_dir is missing; give it, as in run_dir=exp/first")
@@ -163,9 +164,7 @@ def checked_config(path: str, overrides: Sequence[str]) -> Config:
     }
     for key, patterns in wanted.items():
         for pattern in patterns:
-            simple = "://" not in pattern and "::" not in pattern and "{" not in pattern
-            if simple and not glob.glob(pattern, recursive=True) and not os.path.exists(pattern):
-                raise ConfigError(f"data.{key}: {pattern}: no such directory or files here")
+            require_data(f"data.{key}", pattern, options)
     return config.model_copy(update={"run_dir": os.path.abspath(config.run_dir)})
 
 

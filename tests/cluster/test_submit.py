@@ -295,6 +295,8 @@ def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
     (run / "checkpoints" / "step_1").mkdir(parents=True)
     (run / "config.yaml").write_text("")
     (run / "best").symlink_to("checkpoints/step_1")
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
     splits = ["--split", "a=data/a", "--split", "b=data/b"]
     for where in ("exp/asr", "exp/asr/best", "exp/asr/checkpoints/step_1"):
         code, out, err = submit(
@@ -318,9 +320,28 @@ def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
     assert (code, "neither a run directory" in err) == (2, True)
     code, _, err = submit("generate", "exp/asr", "--split", "a", "--site", "but")
     assert (code, "NAME=DIR_OR_GLOB" in err) == (2, True)
+    code, _, err = submit("generate", "exp/asr", "--split", "a=data/c", "--site", "but")
+    assert (code, "--split a: data/c: no such directory" in err) == (2, True)
     twice = ("--split", "a=data/a", "--split", "a=data/b")
     code, _, err = submit("generate", "exp/asr", *twice, "--site", "but")
     assert (code, "'a' is given twice" in err) == (2, True)
+
+
+def test_what_is_waited_for_need_not_be_there(
+    train: Submit, submit: Submit, grid: FakeGrid, tmp_path: Path
+) -> None:
+    data = "data.train=data/later"
+    assert train(data)[0] == 2
+    code, out, err = train(data, "--hold", "900", "--json")
+    assert code == 0, err
+    [job] = json.loads(out)
+    later = ("--split", "a=data/later", "--hold", *job["job_ids"], "--site", "but")
+    code, _, err = submit("generate", "exp/asr", *later)
+    assert code == 0, err
+    assert (tmp_path / "exp/asr/cluster/asr_generate/job.json").is_file()
+    for checkpoint in ("best", "checkpoints/step_9"):
+        code, _, err = submit("generate", f"exp/asr/{checkpoint}", *later)
+        assert (code, "neither a run directory" in err) == (2, True)
 
 
 def test_logs(train: Submit, submit: Submit, tmp_path: Path) -> None:
