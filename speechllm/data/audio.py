@@ -8,6 +8,7 @@ Every AudioError raised here reads `KIND: what exactly`, where KIND is one of a 
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import stat
 from typing import NamedTuple, TypeVar
@@ -19,6 +20,7 @@ import soxr
 
 from speechllm.data.files import local_path, read_bytes
 from speechllm.data.flac import decode_flac
+from speechllm.data.mp3 import with_length
 from speechllm.data.wav import decode_wav
 from speechllm.errors import AudioError, DataError
 from speechllm.types import SAMPLE_RATE
@@ -33,7 +35,7 @@ AUDIO_EXTENSIONS = (
 )
 # A segment may end this much after the audio does: transcripts round to hundredths.
 _END_SLACK_SECONDS = 0.1
-# mpg123 estimates the length of a variable-rate file without a Xing header.
+# The length of a damaged file, or of one without a Xing frame at a constant rate, is an estimate.
 _MP3_LENGTH_SLACK = 0.1
 _UNKNOWN_FRAMES = 1 << 40
 _BLOCK = 1 << 18
@@ -164,7 +166,9 @@ def _open(source: str | io.BytesIO, extension: str) -> soundfile.SoundFile:
             f"sox -t raw -r 16000 -e signed -b 16 -c 1 IN.{extension} OUT.flac"
         )
     try:
-        return _Stream(source)
+        sound = _Stream(source)
+        mended = _mended_mp3(source) if sound.format == "MP3" else None
+        return sound if mended is None else _Stream(io.BytesIO(mended))
     except soundfile.SoundFileError as error:
         if extension in UNSUPPORTED_EXTENSIONS:
             raise AudioError(
@@ -172,6 +176,13 @@ def _open(source: str | io.BytesIO, extension: str) -> soundfile.SoundFile:
                 f"ffmpeg -i IN.{extension} -ac 1 -ar 16000 OUT.flac"
             ) from error
         raise AudioError(f"undecodable: {_reason(error)}") from error
+
+
+def _mended_mp3(source: str | io.BytesIO) -> bytes | None:
+    if isinstance(source, io.BytesIO):
+        return with_length(source.getvalue())
+    with open(source, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return with_length(data)
 
 
 def _reason(error: soundfile.SoundFileError) -> str:
