@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -153,6 +154,8 @@ def generate_run(
     """
     config, model, text, checkpoint = load_trained(run, overrides, prefer=prefer, world=world)
     run_dir = checkpoint.parents[1] if (run / "COMPLETE").is_file() else run
+    with (checkpoint / "trainable.safetensors").open("rb") as file:
+        weights = hashlib.file_digest(file, "sha256").hexdigest()
     written = {}
     for name, patterns in splits.items():
         split = open_split(
@@ -164,6 +167,7 @@ def generate_run(
         )
         maker = {
             "checkpoint": checkpoint.name,
+            "weights": weights,
             "generation": config.generation.model_dump(mode="json"),
             "precision": config.precision,
             "encoder": config.model.encoder.model_dump(mode="json"),

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from safetensors.torch import load_file, save_file
 
 import pytest
 from forked_ranks import Ranks
@@ -126,6 +129,20 @@ def test_what_is_read_and_asked_decodes_anew(trained: Path, shards: Path, settin
     assert maker.read_text(encoding="utf-8") != before, "what was there counted as done"
     if setting.startswith("data."):
         assert len(lines(trained, "asked")) > len(said)
+
+
+def test_a_checkpoint_of_the_same_name_with_other_weights_decodes_anew(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True, ignore=shutil.ignore_patterns("predictions"))
+    generate_run(run, {"again": str(shards)}, ["data.max_seconds=0.5"], ALONE)
+    maker = run / "predictions" / ".again.json"
+    before = maker.read_text(encoding="utf-8")
+    for file in run.glob("checkpoints/*/trainable.safetensors"):
+        save_file({name: -weight for name, weight in load_file(file).items()}, file)
+    generate_run(run, {"again": str(shards)}, ["data.max_seconds=0.5"], ALONE)
+    assert maker.read_text(encoding="utf-8") != before, "what was there counted as done"
 
 
 @pytest.mark.distributed
