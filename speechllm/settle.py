@@ -20,7 +20,7 @@ from speechllm.config.section import Section
 from speechllm.errors import ConfigError
 from speechllm.log import logger
 from speechllm.model.attention import GROUPED
-from speechllm.model.build import COMPUTE_DTYPES, bf16_is_fast
+from speechllm.model.build import COMPUTE_DTYPES, bf16_is_fast, frozen_type
 from speechllm.model.families import KNOWN
 from speechllm.model.layer_speed import (
     Rows,
@@ -223,11 +223,8 @@ def _typical(config: Config, utterances: Sequence[Utterance]) -> Rows:
 
 def _types(config: Config, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
     """Of the LLM's frozen weights, and of compute."""
-    computed = COMPUTE_DTYPES[config.precision]
-    wide = config.precision == "fp32" or config.model.frozen_dtype == "fp32"
-    if wide or (config.precision == "fp16" and device.type == "cpu"):
-        return torch.float32, computed
-    return torch.bfloat16, computed
+    assert config.precision != "auto", "precision is settled first"
+    return frozen_type(config.model, config.precision, device), COMPUTE_DTYPES[config.precision]
 
 
 def _candidates(config: Config, device: torch.device) -> tuple[Way, list[Way]]:

@@ -44,8 +44,8 @@ class TrainableState:
         ]
         raise CheckpointError(
             "the checkpoint's weights do not fit this model; set model.connector, model.encoder "
-            "and model.llm as they were for that run, or use another run_dir:\n"
-            + "\n".join(sorted(lines))
+            "and model.llm as they were for that run, or begin with other weights (another "
+            "run_dir, or train.init_from):\n" + "\n".join(sorted(lines))
         )
 
 
