@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from rich.table import Table
 from shard_console import hours, progress_bar, run, show, size
 from shard_options import add_shard_arguments, shard_settings
-from source_options import add_source_arguments, sources_of
+from source_options import add_source_arguments, sources_of, specs_of
 
 from speechllm.data.dataset_card import write_cards
 from speechllm.data.journal import Share
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
         raise UserError(f"--out {options.out}: must be a local directory; copy the shards there")
     settings = shard_settings(options)
     share = share_of(options)
+    if options.options_only:
+        specs_of(options)
+        return 0
     manifest = sources_of(options)
     if options.check_complete:
         report = complete(manifest, options.out, settings)
@@ -103,6 +106,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     tasks = parser.add_argument_group("sharing the work")
     tasks.add_argument("--task", type=int, metavar="K", help="make the K-th share of the shards")
     tasks.add_argument("--num-tasks", type=int, metavar="N", help="number of shares")
+    tasks.add_argument(
+        "--options-only", action="store_true", help="before a job: are these options right?"
+    )
     tasks.add_argument(
         "--plan-only", action="store_true", help="before all tasks: which utterances go where?"
     )

@@ -6,7 +6,7 @@ import argparse
 
 from speechllm.data.manifest import Manifest
 from speechllm.data.sources.read import read_sources
-from speechllm.data.sources.spec import KINDS, SourceOptions
+from speechllm.data.sources.spec import KINDS, SourceOptions, parse_spec
 from speechllm.errors import UserError
 
 
@@ -45,13 +45,7 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def sources_of(options: argparse.Namespace) -> Manifest:
     """The manifest of all sources. Raises UserError for wrong options, DataError for corpora."""
-    if options.manifest is None and not options.source:
-        raise UserError("no corpus is given: say MANIFEST.jsonl or --source KIND:PATH")
-    if options.name is not None and not options.name.replace("-", "").replace("_", "").isalnum():
-        raise UserError(f"--name {options.name}: letters, digits, - and _ only")
-    if options.command_timeout <= 0:
-        raise UserError(f"--command-timeout {options.command_timeout:g}: must be above 0")
-    specs = [*([f"jsonl:{options.manifest}"] if options.manifest else []), *options.source]
+    specs = specs_of(options)
     return read_sources(
         specs,
         SourceOptions(
@@ -61,3 +55,17 @@ def sources_of(options: argparse.Namespace) -> Manifest:
             name=options.name,
         ),
     )
+
+
+def specs_of(options: argparse.Namespace) -> list[str]:
+    """All `KIND:PATH`; no corpus is looked at. Raises UserError for wrong options."""
+    if options.manifest is None and not options.source:
+        raise UserError("no corpus is given: say MANIFEST.jsonl or --source KIND:PATH")
+    if options.name is not None and not options.name.replace("-", "").replace("_", "").isalnum():
+        raise UserError(f"--name {options.name}: letters, digits, - and _ only")
+    if options.command_timeout <= 0:
+        raise UserError(f"--command-timeout {options.command_timeout:g}: must be above 0")
+    specs = [*([f"jsonl:{options.manifest}"] if options.manifest else []), *options.source]
+    for spec in specs:
+        parse_spec(spec)
+    return specs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,8 +65,18 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def shard(options: argparse.Namespace) -> int:
-    submit_all(shard_jobs(options, site_of(options)), options)
+    plan, array, check = shard_jobs(options, site_of(options))
+    _refuse_what_the_tool_refuses([*array.arguments, *array.variants[0].arguments])
+    submit_all([plan, array, check], options)
     return 0
+
+
+def _refuse_what_the_tool_refuses(arguments: Sequence[str]) -> None:
+    """An array held on a job starts when that has failed, too: then every task would say it."""
+    command = [sys.executable, *arguments, "--options-only"]
+    asked = subprocess.run(command, capture_output=True, text=True, check=False)
+    if asked.returncode != 0:
+        raise ConfigError(f"these options are refused: {asked.stderr.strip()}")
 
 
 def shard_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:

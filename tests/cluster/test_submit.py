@@ -276,6 +276,25 @@ def test_shard(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
     assert (code, "no corpus is given" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shard-sise", "10MB"], "unrecognized arguments: --shard-sise 10MB"),
+        (["--shard-size", "ten"], "--shard-size"),
+        (["--source", "kaldy:data/train"], "--source kaldy:data/train: reads KIND:PATH"),
+        (["--overwrite"], "--task goes with neither --overwrite"),
+    ],
+)
+def test_options_that_the_tool_refuses_are_not_submitted(
+    submit: Submit, grid: FakeGrid, tmp_path: Path, words: list[str], said: str
+) -> None:
+    (tmp_path / "m.jsonl").write_text("")
+    same = ("--out", "d", "--tasks", "3", "--site", "sge_pe")
+    code, _, err = submit("shard", "m.jsonl", *same, *words)
+    assert (code, said in err) == (2, True), err
+    assert grid.calls("qsub") == []
+
+
 def test_shard_of_other_corpora(submit: Submit, grid: FakeGrid) -> None:
     sources = ["--source", "kaldi:data/train", "--source", "librispeech:/corpora/L,prefix=l-"]
     code, out, err = submit(
