@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +237,35 @@ def test_two_processes_fetch_a_block_once(server: Server, tmp_path: Path) -> Non
         child.join()
         assert child.exitcode == 0
     assert server.times("a.bin") == 1
+
+
+def test_a_process_forked_during_a_fetch_keeps_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As evaluation forks its workers while blocks of training are fetched ahead."""
+    begun, forked = threading.Event(), threading.Event()
+
+    def fetch(url: str, offset: int, size: int, about: remote.Stat) -> bytes:
+        begun.set()
+        assert forked.wait(30)
+        return CONTENT[offset : offset + size]
+
+    monkeypatch.setattr(cache_module, "fetch", fetch)
+    cache = BlockCache(str(tmp_path / "cache"), 100 * BLOCK)
+    ahead = threading.Thread(target=cache.keep, args=("u", remote.Stat(len(CONTENT), "v"), 4))
+    ahead.start()
+    assert begun.wait(30)
+    child = context.Process(target=signal.pause)
+    child.start()
+    forked.set()
+    ahead.join()
+    try:
+        for lock in (cache.directory / "locks").iterdir():
+            with lock.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # else BlockingIOError
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_blocks_of_ranges() -> None:
