@@ -80,6 +80,8 @@ def parse_metadata(data: bytes, ext: str) -> tuple[str, dict[str, Any]]:
     text = fields.pop("text", None) if isinstance(fields, dict) else None
     if not isinstance(text, str):
         raise DataError("the metadata has no `text`")
+    if "\\u" in content:
+        _refuse_half_characters(text, fields)
     return text.strip(), fields
 
 
@@ -122,6 +124,14 @@ def pair(
         left_over["metadata without audio"] += [member.name for member in open_metadata]
     rows.sort(key=lambda row: row.audio.offset)
     return rows, dict(left_over)
+
+
+def _refuse_half_characters(text: str, fields: dict[str, Any]) -> None:
+    """JSON can hold half of a surrogate pair (`\\ud800`), no tokenizer and no UTF-8 file can."""
+    try:
+        json.dumps([text, fields], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"the metadata is not Unicode ({error.reason})") from error
 
 
 def _preference(member: MetadataMember) -> int:

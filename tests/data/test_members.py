@@ -63,6 +63,7 @@ def test_metadata_of_both_kinds() -> None:
     assert parse_metadata(b'{"text": " a b ", "lang": "en"}', "json") == ("a b", {"lang": "en"})
     assert parse_metadata("\ufeffžluť\n".encode(), "txt") == ("žluť", {})
     assert parse_metadata(b"", "text") == ("", {})
+    assert parse_metadata(b'{"text": "\\ud83d\\ude00"}', "json") == ("\N{GRINNING FACE}", {})
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,8 @@ def test_metadata_of_both_kinds() -> None:
         (b"{}", "no `text`"),
         (b'{"text": 7}', "no `text`"),
         (b'["text"]', "no `text`"),
+        (b'{"text": "a \\ud800"}', "not Unicode"),
+        (b'{"text": "a", "prompt": "\\uDFFF"}', "not Unicode"),
         (b"\xff\xfe", "not UTF-8"),
     ],
 )
