@@ -39,7 +39,7 @@ def write_preview(config: Config, store: Store, kept: np.ndarray, directory: Pat
     was drawn, and what each utterance really gets in the first epochs. Returns their number.
 
     Raises:
-        ConfigError: no augmentation is on, or the directory is in use.
+        ConfigError: no augmentation is on, or the directory is in use or cannot be made.
         DataError: an utterance, a noise or an impulse response cannot be read.
     """
     settings = config.data.augmentation
@@ -48,8 +48,7 @@ def write_preview(config: Config, store: Store, kept: np.ndarray, directory: Pat
             "--preview: data.augmentation is off; set a probability, as in "
             "data.augmentation.spec.probability=0.5"
         )
-    if directory.exists() and any(directory.iterdir()):
-        raise ConfigError(f"--preview {directory}: is not empty; name a new directory")
+    _make_empty(directory)
     names = [n for n in type(settings).model_fields if getattr(settings, n).probability > 0]
     shown = {name: Augmenter(_only(settings, [name]), config.seed) for name in names}
     if len(names) > 1:
@@ -79,6 +78,18 @@ def write_preview(config: Config, store: Store, kept: np.ndarray, directory: Pat
     text = json.dumps(index, ensure_ascii=False, indent=1)
     (directory / INDEX).write_text(text + "\n", encoding="utf-8")
     return len(index)
+
+
+def _make_empty(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        in_use = any(directory.iterdir())
+    except OSError as error:
+        raise ConfigError(
+            f"--preview {directory}: cannot be made ({error.strerror}); name a new directory"
+        ) from error
+    if in_use:
+        raise ConfigError(f"--preview {directory}: is not empty; name a new directory")
 
 
 def _only(settings: Augmentation, names: Sequence[str]) -> Augmentation:

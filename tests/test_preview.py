@@ -84,6 +84,11 @@ def test_examples_of_everything_that_is_configured(
             "data.augmentation.gain.probability=1",
             "is not empty",
         ),
+        (
+            lambda path: path.touch(),
+            "data.augmentation.gain.probability=1",
+            "cannot be made (File exists); name a new directory",
+        ),
     ],
 )
 def test_what_cannot_be_shown(
