@@ -106,8 +106,13 @@ def _size(header: int) -> int:
 def _tells_length(data: bytes | mmap.mmap, frame: _Frame) -> bool:
     checksum = 0 if frame.header & _NO_CHECKSUM else 2
     tag = frame.at + frame.side_end
-    found = [data[tag + more : tag + more + 8] for more in {0, checksum}]
-    return any(f[:4] in (b"Xing", b"Info") and f[-1] & 1 for f in found if len(f) == 8)
+    found = [data[tag + more : tag + more + _XING_BYTES] for more in {0, checksum}]
+    # An encoder that was killed has not come back to fill in the number, which is 0 then.
+    return any(
+        f[:4] in (b"Xing", b"Info") and f[7] & 1 and any(f[8:])
+        for f in found
+        if len(f) == _XING_BYTES
+    )
 
 
 def _xing_frame(header: int, count: int) -> bytes:

@@ -57,6 +57,13 @@ def test_all_of_a_file_that_does_not_tell_its_length_is_read(
     assert np.abs(difference).mean() < 0.1 * np.abs(wanted.astype(int)).mean()
 
 
+def test_a_number_of_frames_that_was_never_filled_in_is_none() -> None:
+    whole = mp3(16000, 1, "VARIABLE")
+    count = whole.index(b"Xing") + 8
+    unfinished = whole[:count] + bytes(4) + whole[count + 4 :]
+    assert len(decode_audio(unfinished, "mp3")) >= len(decode_audio(whole, "mp3"))
+
+
 def test_what_tells_its_length_is_left_alone() -> None:
     whole, constant = mp3(16000, 1, "VARIABLE"), mp3(16000, 1, "CONSTANT")
     for data in (whole, constant, without_first_frame(constant), b"", b"ID3", b"\xff" * 5000):
