@@ -14,6 +14,7 @@ Shape legend: T frames, D their width.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -113,7 +114,8 @@ def content_hash(index: ShardIndex) -> str:
 class FeatureWriter:
     """Writes one file, whole or not at all: as a context manager, and `finish` gives it its name.
 
-    Utterances may come in any order. Raises DataError where the file cannot be written.
+    What a killed writer of the same file has left goes. Utterances may come in any order. Raises
+    DataError where the file cannot be written.
     """
 
     def __init__(self, path: str, num_rows: int) -> None:
@@ -123,6 +125,9 @@ class FeatureWriter:
         self._errors: list[str | None] = ["was left out"] * num_rows
         self._end = 0
         with writing(path):
+            # Of writers that were killed: each may take as much as the file itself.
+            for leftover in glob.glob(f"{glob.escape(path)}.tmp-*"):
+                os.remove(leftover)
             self._file: FileIO = open(self._aside, "wb", buffering=0)  # noqa: SIM115
 
     def __enter__(self) -> FeatureWriter:

@@ -142,6 +142,15 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         FeatureWriter(str(tmp_path / "no" / "x.bin"), 1)
 
 
+def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
+    path, other = str(tmp_path / "[a]-bf16.bin"), tmp_path / "b-bf16.bin.tmp-1"
+    for leftover in (Path(f"{path}.tmp-1"), Path(f"{path}.tmp-23"), other):
+        leftover.write_bytes(b"x")
+    with FeatureWriter(path, 0) as writer:
+        writer.finish({})
+    assert sorted(tmp_path.iterdir()) == sorted([Path(path), other])
+
+
 @pytest.mark.parametrize("cached", [False, True])
 def test_remote_files_are_read_by_ranges(corpus: Corpus, tmp_path: Path, cached: bool) -> None:
     write_features(corpus, "int8")
