@@ -29,7 +29,7 @@ _FORGOTTEN_SECONDS = 3600  # a file that is still being written after that belon
 class BlockCache:
     """Reads byte ranges through `directory`, which takes at most `limit` bytes of blocks.
 
-    Raises ConfigError where the directory cannot be made. Pickles to its arguments.
+    Raises ConfigError where the directory cannot be made or written. Pickles to its arguments.
     """
 
     def __init__(self, directory: str, limit: int) -> None:
@@ -38,8 +38,13 @@ class BlockCache:
         try:
             self._blocks.mkdir(parents=True, exist_ok=True)
             self._locks.mkdir(exist_ok=True)
+            with self._lock("used"):  # fails in a directory that another user has made
+                pass
         except OSError as error:
-            raise ConfigError(f"data.cache_dir={directory}: cannot be made ({error})") from error
+            raise ConfigError(
+                f"data.cache_dir={directory}: cannot be made or written ({error}); name a "
+                "directory of your own"
+            ) from error
 
     def __reduce__(self) -> tuple[type[BlockCache], tuple[str, int]]:
         return BlockCache, (str(self.directory), self.limit)

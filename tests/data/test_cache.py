@@ -167,6 +167,10 @@ def test_a_directory_that_cannot_be_is_a_users_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"data.cache_dir=.*file: cannot be made"):
         BlockCache(str(tmp_path / "file"), 100)
+    # As root no permission is missing; a lock that cannot be opened is what another user meets.
+    (tmp_path / "theirs" / "locks" / "used").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"theirs: cannot be made or written .*of your own"):
+        BlockCache(str(tmp_path / "theirs"), 100)
 
 
 def test_what_was_left_unfinished_goes_after_an_hour(server: Server, tmp_path: Path) -> None:
