@@ -30,7 +30,7 @@ from speechllm.data.files import (
     write_atomically,
 )
 from speechllm.data.members import Row
-from speechllm.data.remote import Stat, stat
+from speechllm.data.remote import Stat, is_http, stat
 from speechllm.data.shared import SHARED_UTTERANCES, shared_arrays
 from speechllm.errors import DataError
 
@@ -137,14 +137,15 @@ def open_index(
     """
     path = index_path(tar)
     remedy = f"build it with: python tools/index_shards.py {tar}"
+    if is_http(tar):  # where nothing can be written
+        remedy = "index a copy with tools/index_shards.py and put the index beside the tar there"
     try:
         size = file_size(tar)
     except OSError as error:
         raise DataError(f"{tar}: no such shard ({error})") from error
     try:
         local = local_path(path)
-        remote = local is None
-        source = pa.BufferReader(_read_remote(path, cache)) if remote else pa.memory_map(local)
+        source = pa.memory_map(local) if local else pa.BufferReader(_read_remote(path, cache))
         with source, pa.ipc.open_file(source) as reader:
             schema = reader.schema
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -250,10 +251,8 @@ class Corpus:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """One index column over all utterances, e.g. `sample_rate` or `audio_ext`."""
-        kind = SCHEMA.field(name).type
-        return pa.chunked_array(
-            [self._rows(shard).column(name) for shard in range(len(self.shards))], kind
-        )
+        chunks = [self._rows(shard).column(name) for shard in range(len(self.shards))]
+        return pa.chunked_array(chunks, SCHEMA.field(name).type)
 
     def _rows(self, shard: int) -> Any:
         if shard not in self._opened:

@@ -21,6 +21,7 @@ from speechllm.data.members import (
     pair,
     parse_metadata,
 )
+from speechllm.data.remote import is_http
 from speechllm.errors import AudioError, DataError
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -51,9 +52,14 @@ def build_index(tar: str) -> IndexReport:
 
     Every audio member with a partner that holds its text becomes a row; whatever else there is,
     directories excepted, is in the report. Raises DataError for a tar that is missing, truncated,
-    compressed, or not a tar.
+    compressed, not a tar, or on an http server.
     """
     path = index_path(tar)
+    if is_http(tar):  # before all of it is fetched
+        raise DataError(
+            f"{path}: cannot be written over http; index a copy of the tar, and put the index "
+            "beside it on the server"
+        )
     try:
         with open_binary(tar) as file:
             rows, skipped = scan_tar(tar, file)

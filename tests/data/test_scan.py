@@ -13,6 +13,7 @@ import fsspec
 import pytest
 import soundfile
 import webdataset
+from http_files import serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from speech_files import make_sample, tone, write_shards
@@ -244,6 +245,19 @@ def test_a_remote_tar_gets_its_index_beside_it(tmp_path: Path) -> None:
         file.write(shard_bytes(tmp_path))
     build_index("memory://scan/a.tar")
     assert texts("memory://scan/a.tar") == dict.fromkeys("abc", "some text")
+
+
+def test_an_http_server_is_given_no_index(tmp_path: Path) -> None:
+    write_shards(tmp_path, 1)
+    (tmp_path / "train-000000.index.arrow").unlink()
+    with serve(tmp_path) as files:
+        tar = f"{files.url}/train-000000.tar"
+        with pytest.raises(DataError, match=r"has no index .* put the index beside the tar"):
+            open_corpus([tar])
+        files.requests.clear()
+        with pytest.raises(DataError, match=r"index\.arrow: cannot be written over http; index a"):
+            build_index(tar)
+        assert not files.requests
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
