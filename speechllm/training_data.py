@@ -109,7 +109,10 @@ def epoch_plans(config: Config, split: Split) -> Callable[[int], EpochPlan]:
         if len(corpus) < SHARED_UTTERANCES:
             found = arrays(epoch)
         else:
-            facts = [data_identity(config, split), repr(split.cost_settings), epoch, plain]
+            # Of the model, how many tokens an audio and each of the prompts take.
+            model = config.model.model_dump(mode="json")
+            data = data_identity(config, split)
+            facts = [data, repr(split.cost_settings), epoch, plain, model]
             key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
             found = shared_arrays("epoch", key, lambda: arrays(epoch))
         table = PlanTable(found["bounds"], found["rows"], found["counts"])

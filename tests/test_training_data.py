@@ -317,6 +317,27 @@ def test_epochs_of_large_corpora_are_shared_by_the_processes_of_a_node(
         epoch_plans(other, opened(other)[0])(0)
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.connector.downsampling_factor=2",
+        'model.prompt.texts=["Transcribe: {audio}", "{audio}"]',
+    ],
+)
+def test_shared_epochs_are_those_of_the_model(
+    corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """Another model or prompt on the same node takes other positions for the same utterances."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = (mixed(corpora, *augmented(corpora), *more) for more in ([], [setting]))
+    wanted = epoch_plans(second, opened(second)[0])(1).flat()
+    monkeypatch.setattr(speechllm.training_data, "SHARED_UTTERANCES", 1)
+    epoch_plans(first, opened(first)[0])(1)
+    found = epoch_plans(second, opened(second)[0])(1).flat()
+    np.testing.assert_array_equal(found.utterances, wanted.utterances)
+    np.testing.assert_array_equal(found.positions, wanted.positions)
+
+
 def test_what_is_too_long_at_the_slowest_speed_is_dropped(corpora: Path) -> None:
     base, _ = opened(mixed(corpora))
     longest = int(base.costs.max())
