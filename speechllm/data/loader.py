@@ -194,7 +194,8 @@ class _Reader(Dataset[tuple[_Task, Microbatch]]):
             except DataError as error:
                 bad.append(self._bad(number, error))
                 continue
-            name = str(utterance.fields.get("id", utterance.key))
+            own = utterance.fields.get("id")
+            name = utterance.key if own in (None, "") else str(own)
             references.append(Reference(number, name, utterance.text, utterance.duration))
         if not examples:
             silence = self.store.silence

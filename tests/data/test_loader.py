@@ -326,6 +326,15 @@ def test_an_id_in_the_metadata_names_the_reference(prompter: Prompter) -> None:
     assert [r.id for r in read(prompter, Named())[0].references] == ["70", "30"]
 
 
+@pytest.mark.parametrize("empty", [None, ""])
+def test_an_empty_id_in_the_metadata_is_none(prompter: Prompter, empty: str | None) -> None:
+    class Unnamed(MemoryStore):
+        def read(self, i: int) -> Utterance:
+            return Utterance(f"u{i}", np.ones(200, dtype=np.int16), "x", {"id": empty})
+
+    assert [r.id for r in read(prompter, Unnamed())[0].references] == ["u7", "u3"]
+
+
 def test_the_models_random_state_is_left_alone(prompter: Prompter) -> None:
     before = torch.get_rng_state()
     take(train_loader(prompter, num_workers=1), 2)
