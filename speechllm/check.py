@@ -149,10 +149,12 @@ def _validation(config: Config, text: TextSide) -> Split:
 def _opened(key: str, open_it: Callable[[], Split], findings: Findings) -> Split | None:
     try:
         split = open_it()
+        kept = split.selection.kept
+        # Indexes are read whole: only this shows a server that serves no byte ranges.
+        split.store.read_raw(split.corpus.location(int(kept[0])))
     except UserError as error:
         findings.bad(f"{key}: {error}")
         return None
-    kept = split.selection.kept
     findings.good(
         f"{key}: {len(split.corpus.shards)} shards, {len(kept)} utterances, {split.hours:.2f} h"
     )

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from http_files import serve
 from runs import TINY, metrics
 from speech_files import write_shards
 
@@ -85,6 +86,19 @@ def test_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     found = capsys.readouterr().out
     assert "MISSING  data.train" in found
     assert "ok       weights" in found
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_server_without_byte_ranges_is_found_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranges: bool
+) -> None:
+    with serve(write_shards(tmp_path / "web", 4)) as files:
+        files.ranges = ranges
+        data = f"data.train={files.url}/train-000000.tar"
+        assert main(["check", TINY, data, f"run_dir={tmp_path / 'run'}"]) == (0 if ranges else 2)
+    refused = "MISSING  data.train: utt-00000 in http" in (found := capsys.readouterr().out)
+    assert refused != ranges
+    assert ("the server serves no byte ranges" in found) != ranges
 
 
 def test_targets_that_ctc_cannot_align_are_counted(
