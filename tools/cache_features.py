@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -109,6 +110,10 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if not 1 <= options.task <= options.num_tasks:
         raise UserError(f"--task {options.task}: tasks are numbered 1 to {options.num_tasks}")
+    for name in ("batch_seconds", "num_workers"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
     return options
 
 

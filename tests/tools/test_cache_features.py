@@ -175,6 +175,8 @@ def test_an_encoder_that_hears_something_else_every_time_is_refused(
     ("arguments", "message"),
     [
         (["--task", "3", "--num-tasks", "2"], "tasks are numbered 1 to 2"),
+        (["--num-workers", "-1"], "--num-workers -1: must be a number above 0"),
+        (["--batch-seconds", "nan"], "--batch-seconds nan: must be a number above 0"),
         (["data.train=[]"], "no shards: set data.train=DIR"),
         (["model.encoder.kind=fbank"], "only outputs of a frozen encoder"),
         (["model.encoder.id=random:llama"], "random:llama is a llama model, not a Whisper"),
