@@ -7,6 +7,7 @@ Both are fp32 and whole on the model's device whatever the strategy has done wit
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def add_lora(llm: PreTrainedModel, cfg: schema.LoRA, device: torch.device) -> No
     Raises:
         ModelError: peft is not installed, or a target is no linear layer of this LLM.
     """
-    _refuse_unknown_targets(llm, cfg.targets)
+    refuse_unknown_targets(llm, cfg.targets)
     about = lora_config(cfg, ALL_LINEAR if takes_all(cfg) else list(cfg.targets))
     from peft import inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -91,11 +92,7 @@ def unfreeze_last_layers(
         ModelError: there are fewer layers, or a weight is not in the files.
     """
     layers = encoder.layers
-    if count > len(layers):
-        raise ModelError(
-            f"model.unfreeze_encoder_layers is {count}, but {files.directory} has only "
-            f"{len(layers)} encoder layers; set {len(layers)} or less."
-        )
+    refuse_too_many_layers(count, len(layers), files.directory)
     first = len(layers) - count
     tops = {f"layers.{number}": layers[number] for number in range(first, len(layers))}
     tops["layer_norm"] = encoder.layer_norm
@@ -106,7 +103,17 @@ def unfreeze_last_layers(
             setattr(module.get_submodule(owner), leaf, nn.Parameter(value))
 
 
-def _refuse_unknown_targets(llm: PreTrainedModel, targets: tuple[str, ...]) -> None:
+def refuse_too_many_layers(count: int, there: int, model: Path | str) -> None:
+    """Raise ModelError where `model.unfreeze_encoder_layers` is more than there are."""
+    if count > there:
+        raise ModelError(
+            f"model.unfreeze_encoder_layers is {count}, but {model} has only {there} encoder "
+            f"layers; set {there} or less."
+        )
+
+
+def refuse_unknown_targets(llm: PreTrainedModel, targets: tuple[str, ...]) -> None:
+    """Raise ModelError, with the names there are, unless each is one of a linear layer."""
     if targets == (ALL_LINEAR,):
         return
     linear = [n for n, module in llm.named_modules() if isinstance(module, nn.Linear | Conv1D)]

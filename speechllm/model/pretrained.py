@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -65,11 +66,7 @@ def load_whisper_encoder(
     """
     directory = resolve(cfg.id, cfg.revision)
     config = _load_config(directory)
-    if config.model_type != "whisper":
-        raise ModelError(
-            f"{cfg.id} is a {config.model_type} model, not a Whisper; change model.encoder.id, "
-            "or set model.encoder.kind=fbank."
-        )
+    refuse_no_whisper(cfg.id, config)
     if config.max_source_positions != CHUNK_FRAMES:
         raise ModelError(
             f"{cfg.id} has {config.max_source_positions} positions instead of {CHUNK_FRAMES} "
@@ -115,11 +112,7 @@ def load_llm(
     attention = cfg.attention if cfg.attention != "auto" else usual_attention(device, dtype)
     directory = resolve(cfg.id, cfg.revision)
     config = _load_config(directory)
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{cfg.id} is a {config.model_type} model with an encoder of its own; model.llm.id "
-            "takes a causal (decoder-only) language model."
-        )
+    refuse_no_decoder(cfg.id, config)
     if attention == GROUPED and config.model_type not in KNOWN:
         raise ModelError(
             f"model.llm.attention=grouped: not tested with a {config.model_type} model such as "
@@ -136,6 +129,24 @@ def load_llm(
     # of generate leaves open.
     llm.generation_config = GenerationConfig()
     return llm
+
+
+def refuse_no_whisper(id: str, config: PreTrainedConfig) -> None:
+    """Raise ModelError for the configuration of another kind of model."""
+    if config.model_type != "whisper":
+        raise ModelError(
+            f"{id} is a {config.model_type} model, not a Whisper; change model.encoder.id, "
+            "or set model.encoder.kind=fbank."
+        )
+
+
+def refuse_no_decoder(id: str, config: PreTrainedConfig) -> None:
+    """Raise ModelError for the configuration of a model that is more than a decoder."""
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{id} is a {config.model_type} model with an encoder of its own; model.llm.id "
+            "takes a causal (decoder-only) language model."
+        )
 
 
 def _load_weights(cls: Any, directory: Path, device: torch.device, **options: Any) -> Any:

@@ -17,11 +17,13 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from speechllm.config import model as schema
 from speechllm.errors import ModelError
+from speechllm.model.adapt import refuse_too_many_layers, refuse_unknown_targets
 from speechllm.model.connector import build_connector
 from speechllm.model.encoder import FilterbankFrames
 from speechllm.model.head import plain_head
 from speechllm.model.hub import RANDOM, resolve
 from speechllm.model.prefix import longest_row
+from speechllm.model.pretrained import refuse_no_decoder, refuse_no_whisper
 from speechllm.planner.published import PUBLISHED, published
 
 
@@ -87,19 +89,25 @@ def read_architecture(model: schema.Model) -> Architecture:
     """From the models' configuration files, built without storage.
 
     Raises:
-        ModelError: a model is neither on this machine nor in the table of published ones.
+        ModelError: a model is neither on this machine nor in the table of published ones, or it is
+            of another kind, or has not the layers that are to train.
     """
     whisper: Transformer | None
     # First of all, since a `random:` model is built on first use, with storage.
     about_llm = _model_config(model.llm.id, model.llm.revision)
+    refuse_no_decoder(model.llm.id, about_llm)
     about_whisper = None
     if model.encoder.kind == "whisper":
         about_whisper = _model_config(model.encoder.id, model.encoder.revision)
+        refuse_no_whisper(model.encoder.id, about_whisper)
     with torch.device("meta"):
         llm = AutoModelForCausalLM.from_config(about_llm).requires_grad_(False)
         match model.encoder.kind:
             case "whisper":
                 whisper = _whisper(about_whisper)
+                refuse_too_many_layers(
+                    model.unfreeze_encoder_layers, whisper.layers, model.encoder.id
+                )
                 frame_width, front = whisper.width, 0
             case "fbank":
                 frames = FilterbankFrames(model.encoder.mels, model.encoder.hidden_size)
@@ -118,7 +126,7 @@ def read_architecture(model: schema.Model) -> Architecture:
         lora_parameters=model.lora.rank * sum(a.inputs + a.outputs for a in adapted),
         lora_inputs=sum({a.source: a.inputs for a in adapted}.values()),
         lora_matrices=len(adapted),
-        unfrozen_layers=min(model.unfreeze_encoder_layers, whisper.layers if whisper else 0),
+        unfrozen_layers=model.unfreeze_encoder_layers if whisper else 0,
         longest_row=longest_row(llm),
         plain_head=plain_head(llm) is not None,
     )
@@ -198,7 +206,8 @@ class _Adapted(NamedTuple):
 
 
 def _adapted(llm: PreTrainedModel, lora: schema.LoRA) -> list[_Adapted]:
-    """The linear layers that `model.lora.targets` names."""
+    """The linear layers that `model.lora.targets` names. Raises ModelError as training does."""
+    refuse_unknown_targets(llm, lora.targets)
     head = llm.get_output_embeddings()
     every = "all-linear" in lora.targets
     found = []

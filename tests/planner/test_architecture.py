@@ -100,3 +100,14 @@ def test_the_filterbank_trains() -> None:
     about = read_architecture(cfg)
     assert about.whisper is None
     assert about.trained_parameters == sum(p.numel() for p in model.trainable_parameters().values())
+
+
+@pytest.mark.parametrize(("model", "why"), [
+    ({"llm": {"id": "random:whisper"}}, "random:whisper is a whisper model with an encoder"),
+    ({"encoder": {"id": "random:llama"}}, "random:llama is a llama model, not a Whisper"),
+    ({"lora": {"rank": 4, "targets": ["qkv"]}}, "no linear layer .* is called qkv; there are"),
+    ({"encoder": {"id": "random:whisper"}, "unfreeze_encoder_layers": 9}, "has only 2 encoder"),
+])  # fmt: skip
+def test_what_training_refuses_is_refused(model: dict[str, Any], why: str) -> None:
+    with pytest.raises(ModelError, match=why):
+        read_architecture(of(**model))
