@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -118,13 +119,13 @@ def parse_size(text: str) -> int:
     Raises UserError.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    size = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if not size:
+    size = float(match[1]) * UNITS[match[2].upper()] if match else 0.0
+    if not 0.5 < size < math.inf:
         raise UserError(
             f"--gpu-memory {text!r}: not a size; write a number and its unit, as in 80GB, 24GiB or "
             "40960MB"
         )
-    return size
+    return round(size)
 
 
 def job_of(config: Config, architecture: Architecture, machine: Machine) -> Job:

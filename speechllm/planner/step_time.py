@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,8 +29,8 @@ class Measured:
 
 def given_step(seconds: float, microbatches: int) -> Measured:
     """Raises UserError."""
-    if not seconds > 0:
-        raise UserError(f"--step-seconds {seconds:g}: give more than 0")
+    if not 0 < seconds < math.inf:
+        raise UserError(f"--step-seconds {seconds:g}: give more than 0, and a number")
     return Measured(Compute(seconds / microbatches, 0.0), "given (--step-seconds)")
 
 
@@ -46,7 +47,7 @@ def read_measured(path: Path, *, microbatches: int, tokens: int) -> Measured:
             lines = [json.loads(line) for line in _text(path).split("\n")[:-1]]
             return _of_metrics(path, lines, microbatches, tokens)
         return _of_benchmark(path, json.loads(_text(path)), tokens)
-    except (json.JSONDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"--measured {path}: neither a run's metrics.jsonl nor the JSON of "
             f"tools/bench_train.py ({type(error).__name__}: {error})"

@@ -162,6 +162,7 @@ def test_a_benchmark(tmp_path: Path, offline: None, capsys: pytest.CaptureFixtur
     [
         (["--scale"], "--measured FILE"),
         (["--scale", "--step-seconds", "0"], "more than 0"),
+        (["--scale", "--step-seconds", "inf"], "more than 0, and a number"),
         (["--scale", "--measured", "/nowhere.json"], "cannot be read"),
         (["--scale", "--measured", TINY], "neither"),
         (["--scale", "1,x", "--step-seconds", "1"], "1,x"),
@@ -178,3 +179,12 @@ def test_wrong_input(
 ) -> None:
     assert main(["plan", LARGE, *options]) == 2
     assert word in capsys.readouterr().err
+
+
+def test_lines_that_are_no_metrics(
+    offline: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("[1, 2]\n")
+    assert main(["plan", LARGE, "--scale", "--measured", str(file)]) == 2
+    assert "neither a run's metrics.jsonl nor" in capsys.readouterr().err
