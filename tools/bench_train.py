@@ -100,6 +100,8 @@ class Bench:
 def main(arguments: Sequence[str]) -> int:
     options = parse_arguments(arguments)
     config = load_config(options.config, options.overrides)
+    for name in options.strategies:
+        strategy_overrides(name)  # a wrong one is found before the rounds, which take minutes
     here = machine()
     speech = speech_shards(
         options.mean_seconds,

@@ -17,7 +17,8 @@ class Sample:
     """A few steps in place of an epoch, for the loader: those of the epoch's plan, taken evenly
     from the one of the longest utterances to that of the shortest, so that lengths are those of the
     corpus and buckets as tight as in training. Under `preset: plain` the same utterances in the
-    order and the batches that the preset gives them."""
+    order and the batches that the preset gives them. An epoch of fewer steps is taken whole: the
+    ways are compared by their seconds, so none may go through a step twice."""
 
     microbatches: tuple[tuple[np.ndarray, ...], ...]
 
@@ -27,6 +28,7 @@ class Sample:
         plan = epoch_plans(usual, split)(0)
         every = [plan.step(k) for k in range(plan.num_steps)]
         every.sort(key=lambda step: -int(split.costs[step[0]].max()))
+        steps = min(steps, len(every))
         chosen = [every[int((i + 0.5) * len(every) / steps)] for i in range(steps)]
         if config.performance.preset != "plain":
             return cls(tuple(map(tuple, chosen)))

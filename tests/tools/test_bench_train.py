@@ -19,6 +19,7 @@ import bench_train_ways
 import pytest
 from bench_train_flops import Row, count_flops, layer_rate
 from bench_train_process import Failed, Process
+from bench_train_sample import Sample
 from bench_train_subject import Subject
 from speech_files import write_shards
 
@@ -28,6 +29,8 @@ from speechllm.data.index import open_corpus
 from speechllm.data.store import Store
 from speechllm.errors import UserError
 from speechllm.planner.architecture import Architecture, Transformer
+from speechllm.prepare import prepare_text
+from speechllm.training_data import open_training
 from speechllm.world import World
 
 ROOT = Path(__file__).parent.parent.parent
@@ -182,6 +185,28 @@ class Here:
 
     def close(self) -> None:
         pass
+
+
+@pytest.mark.parametrize("steps", [2, 40])
+def test_every_way_goes_through_the_same_utterances_once(pieces: Path, steps: int) -> None:
+    def utterances(*overrides: str) -> list[int]:
+        config = load_config(
+            TINY, [f"data.train={pieces}", "data.microbatch_tokens=512", *overrides]
+        )
+        sample = Sample.of(config, open_training(config, prepare_text(config)), steps)
+        return sorted(n for k in range(sample.num_steps) for part in sample.step(k) for n in part)
+
+    full = utterances()
+    assert len(full) == len(set(full)) == (100 if steps == 40 else len(full))
+    assert utterances("performance.preset=plain") == full
+
+
+def test_a_wrong_strategy_is_found_before_anything_is_measured(
+    pieces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_train, "speech_shards", lambda *_, **__: pytest.fail("too late"))
+    with pytest.raises(UserError, match="--strategies zero7: neither ddp"):
+        bench_train.main([TINY, "--source", str(pieces), "--strategies", "ddp,zero7"])
 
 
 @pytest.fixture(scope="module")
