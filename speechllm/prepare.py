@@ -123,7 +123,7 @@ def prepare_model(
             "around each module within what would be compiled; set train.compile=false, or take "
             "strategy.kind=fsdp2"
         )
-    with loading(config) if sharded else nullcontext():
+    with loading(config, device) if sharded else nullcontext():
         return build_model(
             config.model,
             precision=config.precision,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import torch
+
 from speechllm.config.schema import Config
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.strategy.base import Strategy
@@ -42,10 +44,10 @@ def frozen_weights(config: Config) -> Literal["whole", "meta", "partitioned"]:
             return "partitioned" if stage == 3 else "whole"
 
 
-def loading(config: Config) -> AbstractContextManager[None]:
+def loading(config: Config, device: torch.device) -> AbstractContextManager[None]:
     """Around the building of a model whose weights the strategy partitions while they load."""
     if frozen_weights(config) != "partitioned":
         return nullcontext()
     from speechllm.strategy.deepspeed import partitioned_loading
 
-    return partitioned_loading(config)
+    return partitioned_loading(config, device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from speechllm.config.schema import Config
 from speechllm.config.schema import DeepSpeedStrategy as Settings
 from speechllm.errors import ConfigError
+from speechllm.model.build import frozen_type
 from speechllm.model.speech_llm import SpeechLLM
 from speechllm.optim import build_adamw
 from speechllm.strategy.base import TrainableState, agree_to_load
@@ -177,7 +178,7 @@ def _without_compiler() -> Iterator[None]:
 
 
 @contextmanager
-def partitioned_loading(config: Config) -> Iterator[None]:
+def partitioned_loading(config: Config, device: torch.device) -> Iterator[None]:
     """Pretrained models that are loaded within are partitioned over the ranks as they come in:
     stage 3. What is built by other means is whole, the same on every rank and with any strategy.
 
@@ -188,7 +189,8 @@ def partitioned_loading(config: Config) -> Iterator[None]:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         settings = _engine_settings(config)
-        if config.precision != "fp32" and config.model.frozen_dtype != "fp32":
+        assert config.precision != "auto", "settle comes first"
+        if frozen_type(config.model, config.precision, device) == torch.bfloat16:
             settings["bf16"] = {"enabled": True}  # the type that weights are stored in
         alive = HfDeepSpeedConfig(settings)
     except ImportError as error:

@@ -61,8 +61,6 @@ def released() -> str:
 
 def config_of(kind: str, precision: str = "fp32") -> Config:
     chosen = [f"strategy.kind={kind}"]
-    if precision == "fp16":  # where a CPU's layer norm wants both of one type
-        chosen.append("model.frozen_dtype=fp32")
     if kind != "ddp":
         file = released() if kind == "released" else f"{ROOT}/ds_configs/{kind}.json"
         chosen[0] = "strategy.kind=deepspeed"
