@@ -196,7 +196,7 @@ def config_name(config: Config) -> str:
     settings = _zero_settings(config)
     if settings is None:
         return config.strategy.kind
-    offloads = settings.offload_param is not None or settings.offload_optimizer is not None
+    offloads = settings.param_on_cpu or settings.optimizer_on_cpu
     return f"zero{settings.stage}{'_offload' if offloads and settings.stage == 3 else ''}"
 
 

@@ -154,10 +154,10 @@ def _parts(job: Job, shape: Shape, strategy: str, moment: Moment) -> dict[str, i
             if settings.memory_efficient_linear:
                 parts["activations"] += moment.product_inputs
             parts["buckets"] = min(trained, FLOAT * settings.reduce_bucket_size)
-            if settings.offload_param is not None:
+            if settings.param_on_cpu:
                 parts["frozen_llm"] = parts["frozen_encoder"] = 0
-            if settings.offload_optimizer is not None:
-                parts["trainable"] = 0 if settings.offload_param is not None else share
+            if settings.optimizer_on_cpu:
+                parts["trainable"] = 0 if settings.param_on_cpu else share
                 parts["optimizer"] = parts["gradients"] = 0
         case "fsdp2":
             parts["frozen_llm"] = -(-parts["frozen_llm"] // ranks)

@@ -101,6 +101,14 @@ class ZeRO(Section):
     stage3_allgather_sequential: bool = False
     stage3_gather_16bit_weights_on_model_save: bool = False
 
+    @property
+    def param_on_cpu(self) -> bool:
+        return self.offload_param is not None and self.offload_param.device == "cpu"
+
+    @property
+    def optimizer_on_cpu(self) -> bool:
+        return self.offload_optimizer is not None and self.offload_optimizer.device == "cpu"
+
 
 def read_zero_config(path: str) -> dict[str, Any]:
     """The content of a file as in ds_configs/, found right.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -214,6 +215,16 @@ def test_the_users_own_zero_settings_count(tmp_path: Any) -> None:
     config = large("strategy.kind=deepspeed", f"strategy.config={file}", "model.lora.rank=4")
     assert job(config, 8).zero["zero2"].reduce_bucket_size == 1_000_000
     assert parts(config, 8, "zero2")["buckets"] == 4_000_000
+
+
+def test_offloading_to_nowhere_is_none(tmp_path: Any) -> None:
+    settings: dict[str, Any] = {"stage": 3, "offload_param": {"device": "none"}}
+    settings["offload_optimizer"] = {"device": "none"}
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({ZERO: settings}))
+    config = large("strategy.kind=deepspeed", f"strategy.config={file}")
+    assert config_name(config) == "zero3"
+    assert parts(config, 8, "zero3")["frozen_llm"] > 0
 
 
 @pytest.mark.parametrize(
