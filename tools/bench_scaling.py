@@ -316,6 +316,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = sorted(set(strategies) - {"ddp", "fsdp2", "zero1", "zero2", "zero3"})
     if unknown:
         parser.error(f"--strategies: {', '.join(unknown)}: none of ddp, fsdp2, zero1, zero2, zero3")
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: give 1 or more")
     if options.work is not None:
         work(options.work, strategies, options.steps)
         return 0

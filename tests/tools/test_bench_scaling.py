@@ -43,3 +43,10 @@ def test_an_unknown_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--strategies", "ddp,zero9"])
     assert "zero9" in capsys.readouterr().err
+
+
+def test_no_steps(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench_scaling.write_data", lambda *_: pytest.fail("too late"))
+    with pytest.raises(SystemExit):
+        main(["--steps", "0"])
+    assert "--steps 0: give 1 or more" in capsys.readouterr().err
