@@ -16,6 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from speechllm.cluster.batch import BatchError
 from speechllm.cluster.job import Job
 from speechllm.cluster.profile import SiteProfile, load_profile, site_names
 from speechllm.cluster.render import job_script, submit_arguments
@@ -24,6 +25,7 @@ from speechllm.cluster.submission import (
     Submission,
     batch_of,
     program_of,
+    refuse_double,
     revision_of,
     submit_job,
 )
@@ -134,10 +136,19 @@ def submit_all(
         _show_dry(jobs, options, chain)
         return []
     batch = batch_of(jobs[0].site)
+    # Before any is submitted: the jobs before a refused one would be left in the queue.
+    for job in jobs:
+        submit_arguments(job)
+        refuse_double(job, batch)
     done: list[Submission] = []
     for job in jobs:
         hold = done[-1].job_ids[-1:] if done else options.hold
-        done.append(submit_job(job, batch, hold=hold, chain=chain, files=files))
+        try:
+            done.append(submit_job(job, batch, hold=hold, chain=chain, files=files))
+        except BatchError as error:
+            left = [f"{one.name} ({', '.join(one.job_ids)})" for one in done]
+            note = f"; in the queue already: {', '.join(left)}" if left else ""
+            raise type(error)(f"{error}{note}") from None
     if options.json:
         print(json.dumps([asdict(one) for one in done], indent=1))
     else:

@@ -295,6 +295,23 @@ def test_options_that_the_tool_refuses_are_not_submitted(
     assert grid.calls("qsub") == []
 
 
+def test_nothing_is_submitted_where_a_later_job_is_refused(submit: Submit, grid: FakeGrid) -> None:
+    shard = ["shard", "--source", "librispeech:/L", "--out", "d", "--tasks", "9", "--site", "but"]
+    code, _, err = submit(*shard, "--with", "array.task_limit=8")
+    assert (code, "9 tasks, but the site allows 8" in err) == (2, True), err
+    assert grid.calls("qsub") == []
+    assert submit(*shard)[0] == 0
+    earlier = len(grid.calls("qsub"))
+    grid.answer("qstat", QUEUED.replace("11", "12").replace("asr", "shard_d"))
+    code, _, err = submit(*shard)
+    assert (code, "in the queue already (job 12)" in err) == (2, True), err
+    assert len(grid.calls("qsub")) == earlier
+    grid.answer("qstat", EMPTY_QUEUE)
+    grid.answer("qsub", "31\n", ("", "Only 1 job is allowed per user", 1))
+    code, _, err = submit(*shard)
+    assert (code, "Only 1 job" in err, "already: shard_d_plan (31)" in err) == (2, True, True), err
+
+
 def test_shard_of_other_corpora(submit: Submit, grid: FakeGrid) -> None:
     sources = ["--source", "kaldi:data/train", "--source", "librispeech:/corpora/L,prefix=l-"]
     code, out, err = submit(
