@@ -53,12 +53,20 @@ def add_job_options(parser: argparse.ArgumentParser) -> None:
     add_site_options(parser)
     parser.add_argument("--name", help="of the job and its folder RUN/cluster/NAME")
     parser.add_argument(
-        "--hold", action="append", default=[], metavar="JOB", help="wait for the end of this job"
-    )
+        "--hold", type=_job, action="append", default=[], metavar="JOB",
+        help="wait for the end of this job",
+    )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="print script and arguments, submit nothing"
     )
     parser.add_argument("--json", action="store_true", help="for scripts")
+
+
+def _job(text: str) -> str:
+    """Of --hold; what is empty comes from a variable that is not set."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is no job")
+    return text
 
 
 def site_of(options: argparse.Namespace) -> SiteProfile:
@@ -68,9 +76,20 @@ def site_of(options: argparse.Namespace) -> SiteProfile:
 
 def gpus_of(options: argparse.Namespace, site: SiteProfile) -> int:
     """GPUs of a host: as asked for; else one, or none where the site claims none."""
-    if options.gpus_per_node is not None:
-        return int(options.gpus_per_node)
-    return 0 if site.gpu_claim.kind == "none" else 1
+    usual = 0 if site.gpu_claim.kind == "none" else 1
+    gpus: int = usual if options.gpus_per_node is None else options.gpus_per_node
+    if gpus < 0:
+        raise ConfigError("--gpus-per-node must be 0 or more")
+    return gpus
+
+
+def processes_of(options: argparse.Namespace, site: SiteProfile) -> dict[str, int]:
+    """GPUs and processes of a host, as fields of a job: a process for each GPU, else one."""
+    gpus = gpus_of(options, site)
+    processes = max(1, gpus) if options.procs_per_node is None else options.procs_per_node
+    if processes < 1:
+        raise ConfigError("--procs-per-node must be 1 or more")
+    return {"gpus_per_node": gpus, "procs_per_node": processes}
 
 
 def make_job(site: SiteProfile, **fields: Any) -> Job:

@@ -13,14 +13,15 @@ from speechllm.cluster.job import Job, Variant
 from speechllm.cluster.options import (
     add_job_options,
     checked_name,
-    gpus_of,
     make_job,
+    processes_of,
     require_data,
     site_of,
     submit_all,
 )
 from speechllm.cluster.profile import SiteProfile
 from speechllm.cluster.submission import REPOSITORY
+from speechllm.config.load import load_config
 from speechllm.config.splits import parse_splits
 from speechllm.errors import ConfigError
 
@@ -94,25 +95,23 @@ def shard_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
         raise ConfigError(f"{manifest[0]}: no such file")
     sources = [word for source in options.source for word in ("--source", source)]
     out = os.path.abspath(options.out)
-    own = {"--num-workers": str(site.cpus.slots)}
-    given = [
-        word for name, value in own.items() if name not in options.passed for word in (name, value)
-    ]
-    same = (str(MAKE_SHARDS), *options.passed, *sources, "--out", out)
+    # Before what is handed on, of which the tool takes the last.
+    workers = ("--num-workers", str(site.cpus.slots))
+    same = (str(MAKE_SHARDS), *workers, *options.passed, *sources, "--out", out)
     name = checked_name(options, f"shard_{Path(out).name}")
     plan = make_job(
         site,
         name=f"{name}_plan",
         kind="shard",
         run_dir=out,
-        arguments=(*same, *given, "--plan-only"),
+        arguments=(*same, "--plan-only"),
     )
     array = make_job(
         site,
         name=name,
         kind="shard",
         run_dir=out,
-        arguments=(*same, *given, "--num-tasks", str(options.tasks)),
+        arguments=(*same, "--num-tasks", str(options.tasks)),
         variants=tuple(Variant(arguments=("--task", str(k))) for k in _numbers(options.tasks)),
     )
     check = make_job(
@@ -138,7 +137,8 @@ def generate_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
     run_dir = run_of(run, options)
     for split, patterns in parse_splits(options.split).items():
         require_data(f"--split {split}", patterns, options)
-    gpus = gpus_of(options, site)
+    if (config := Path(run_dir, "config.yaml")).is_file():
+        load_config(str(config), options.overrides)
     name = checked_name(options, f"{Path(run_dir).name}_generate")
     array = make_job(
         site,
@@ -151,8 +151,7 @@ def generate_jobs(options: argparse.Namespace, site: SiteProfile) -> list[Job]:
             for split in options.split
             for part in _numbers(options.parts)
         ),
-        gpus_per_node=gpus,
-        procs_per_node=options.procs_per_node or max(1, gpus),
+        **processes_of(options, site),
     )
     splits = [word for split in options.split for word in ("--split", split)]
     score = make_job(

@@ -13,8 +13,8 @@ from speechllm.cluster.job import Job, Variant
 from speechllm.cluster.options import (
     add_job_options,
     checked_name,
-    gpus_of,
     make_job,
+    processes_of,
     require_data,
     site_of,
     submit_all,
@@ -73,7 +73,8 @@ def train_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, Conf
     config = checked_config(options, options.overrides)
     assert config.run_dir is not None
     name = checked_name(options, Path(config.run_dir).name)
-    if options.nodes < 1 or not 1 <= (options.min_nodes or 1) <= options.nodes:
+    min_nodes = options.nodes if options.min_nodes is None else options.min_nodes
+    if not 1 <= min_nodes <= options.nodes:
         raise ConfigError("--nodes must be 1 or more, and --min-nodes between 1 and that")
     job = make_job(
         site,
@@ -82,9 +83,10 @@ def train_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, Conf
         run_dir=config.run_dir,
         arguments=("train", str(Path(config.run_dir, "cluster", name, "config.yaml"))),
         nodes=options.nodes,
-        min_nodes=options.min_nodes or options.nodes,
+        min_nodes=min_nodes,
         mode="single" if options.nodes == 1 else "pe" if site.pe else "array",
-        **process_fields(options, site),
+        launcher=options.launcher,
+        **processes_of(options, site),
     )
     return job, config
 
@@ -116,7 +118,8 @@ def sweep_job(options: argparse.Namespace, site: SiteProfile) -> tuple[Job, list
         run_dir=base.run_dir,
         arguments=("train",),
         variants=tuple(variants),
-        **process_fields(options, site),
+        launcher=options.launcher,
+        **processes_of(options, site),
     )
     if len({config.run_dir for config in configs}) != len(configs):
         raise ConfigError("two combinations of --vary are the same")
@@ -166,15 +169,6 @@ def checked_config(options: argparse.Namespace, overrides: Sequence[str]) -> Con
         for pattern in patterns:
             require_data(f"data.{key}", pattern, options)
     return config.model_copy(update={"run_dir": os.path.abspath(config.run_dir)})
-
-
-def process_fields(options: argparse.Namespace, site: SiteProfile) -> dict[str, object]:
-    gpus = gpus_of(options, site)
-    return {
-        "gpus_per_node": gpus,
-        "procs_per_node": options.procs_per_node or max(1, gpus),
-        "launcher": options.launcher,
-    }
 
 
 def _config_options(parser: argparse.ArgumentParser) -> None:

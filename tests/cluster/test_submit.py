@@ -168,6 +168,9 @@ def test_a_refusal_is_told_with_its_reason(train: Submit, grid: FakeGrid) -> Non
         (["run_dir=null"], "run_dir is missing"),
         (["--nodes", "0"], "--nodes must be 1 or more"),
         (["--nodes", "2", "--min-nodes", "3"], "--min-nodes"),
+        (["--min-nodes", "0"], "--min-nodes"),
+        (["--gpus-per-node", "-1"], "--gpus-per-node must be 0 or more"),
+        (["--procs-per-node", "0"], "--procs-per-node must be 1 or more"),
         (["--chain", "0"], "--chain"),
         (["--name", "a b"], "--name a b"),
         (["--with", "shared=/mnt"], "none of the folders that all hosts see"),
@@ -188,6 +191,15 @@ def test_unknown_options_are_refused(train: Submit) -> None:
     with pytest.raises(SystemExit) as stopped:
         train("--nodez", "2")
     assert stopped.value.code == 2
+
+
+def test_an_unset_variable_is_no_job_to_wait_for(
+    train: Submit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train("--hold", "")
+    assert stopped.value.code == 2
+    assert "--hold: '' is no job" in capsys.readouterr().err
 
 
 def test_gpus_and_time(train: Submit, tmp_path: Path) -> None:
@@ -265,6 +277,12 @@ def test_shard(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
         assert (options.task, options.num_tasks, options.num_workers) == (number, 3, 8)
         assert (options.out, options.shard_size) == (str(tmp_path / "data/train"), 10**7)
         assert make_shards.share_of(options) is not None
+    code, out, _ = submit(
+        "shard", "m.jsonl", "--out", "few", "--tasks", "3", "--site", "sge_pe", "--num-workers=2",
+        "--json",
+    )  # fmt: skip
+    few = read_job(Path(json.loads(out)[1]["folder"], "job.json")).for_task(1).after_python[1:]
+    assert make_shards.parse_arguments(few).num_workers == 2
     options = make_shards.parse_arguments(check.after_python[1:])
     assert options.check_complete
     assert make_shards.share_of(options) is None
@@ -329,7 +347,7 @@ def test_shard_of_other_corpora(submit: Submit, grid: FakeGrid) -> None:
 def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
     run = tmp_path / "exp/asr"
     (run / "checkpoints" / "step_1").mkdir(parents=True)
-    (run / "config.yaml").write_text("")
+    (run / "config.yaml").write_text(Path(TINY).read_text())
     (run / "best").symlink_to("checkpoints/step_1")
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -358,6 +376,9 @@ def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
     assert (code, "NAME=DIR_OR_GLOB" in err) == (2, True)
     code, _, err = submit("generate", "exp/asr", "--split", "a=data/c", "--site", "but")
     assert (code, "--split a: data/c: no such directory" in err) == (2, True)
+    wrong = ("--split", "a=data/a", "--site", "but", "generation.num_baems=4")
+    code, _, err = submit("generate", "exp/asr", *wrong)
+    assert (code, "did you mean generation.num_beams?" in err) == (2, True), err
     twice = ("--split", "a=data/a", "--split", "a=data/b")
     code, _, err = submit("generate", "exp/asr", *twice, "--site", "but")
     assert (code, "'a' is given twice" in err) == (2, True)
