@@ -20,26 +20,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from speechllm.cluster.profile import SiteProfile
+from speechllm.cluster.sections import AbsolutePath
 from speechllm.config.section import Section
 from speechllm.errors import ConfigError
 
 Kind = Literal["train", "generate", "probe", "shard", "score", "command"]
 # These run under torchrun or deepspeed, on all nodes of the job together.
 LAUNCHED: tuple[Kind, ...] = ("train", "generate", "probe")
-
-
-def _absolute(path: str) -> str:
-    if not os.path.isabs(path):
-        raise ValueError("must be an absolute path")
-    return path
-
-
-AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 
 
 class Variant(Section):

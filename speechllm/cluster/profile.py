@@ -12,29 +12,28 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from speechllm.cluster.sections import (
+    AbsolutePath,
     Array,
     Claim,
-    CommandClaim,
     Cpus,
-    Folder,
     GpuMemory,
     Gpus,
-    LocksClaim,
+    Letter,
     Meeting,
     Name,
     Names,
     NoClaim,
     Ram,
-    SafeGpuClaim,
-    SchedulerClaim,
     Seconds,
     Storage,
     Time,
+    node_mode,
     port_range,
 )
+from speechllm.config.load import read_tree, validated
 from speechllm.config.section import Section, as_list
 from speechllm.errors import ConfigError
 
@@ -59,9 +58,8 @@ class SiteProfile(Section):
     ram: Ram | None = Field(None, description="How main memory is asked for.")
     storage: Storage | None = Field(None, description="Tokens of storage servers.")
     cpus: Cpus = Field(Cpus(), description="Slots of one host.")
-    multi_node: str = Field(
+    multi_node: Annotated[str, AfterValidator(node_mode)] = Field(
         "array",
-        pattern=r"^(array|pe:[^\s,=]+)$",
         description="How a job gets several hosts. `array`: one array task a host, which meet in "
         "the shared folder; `pe:NAME`: a parallel environment whose allocation rule gives every "
         "host `cpus.slots` slots.",
@@ -79,7 +77,7 @@ class SiteProfile(Section):
     checkpoint: Name | None = Field(
         None, description="Checkpointing environment (-ckpt) that moves preempted jobs."
     )
-    ulimits: dict[Annotated[str, Field(pattern=r"^[a-zA-Z]$")], str] = Field(
+    ulimits: dict[Letter, str] = Field(
         {}, description="`ulimit` in the job script: letter and value, as in n: 4096."
     )
     environment: tuple[str, ...] = Field(
@@ -87,10 +85,10 @@ class SiteProfile(Section):
         description="Lines of bash before the program starts: activation, HF_HOME, the hub's "
         "offline switch.",
     )
-    python: Folder | None = Field(
+    python: AbsolutePath | None = Field(
         None, description="Python interpreter on the hosts; none: the one that submits."
     )
-    shared: Annotated[tuple[Folder, ...], BeforeValidator(as_list)] = Field(
+    shared: Annotated[tuple[AbsolutePath, ...], BeforeValidator(as_list)] = Field(
         (),
         description="Folders that all hosts see. Run directories must lie in one of them; none "
         "given: not checked.",
@@ -133,29 +131,13 @@ def site_names() -> list[str]:
 def load_profile(site: str, changes: Sequence[str] = ()) -> SiteProfile:
     """Read a profile by its name in cluster/sites/ or by the path of a YAML file.
 
-    changes: `a.b=value` as on the command line, put over the file. Scalars stay text until the
-    type of their field decides, so that 24:00:00 and no mean what they say.
+    changes: `a.b=value` as on the command line, put over the file by the rules of configurations.
 
     Raises:
         ConfigError: no such profile, or one line for each thing that is wrong with it.
     """
-    file = _find(site)
-    try:
-        tree = _texts(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{file}: expected `key: value` lines")
-    for change in changes:
-        _put(tree, change)
-    try:
-        return SiteProfile.model_validate(_without_none(tree))
-    except ValidationError as error:
-        lines = [
-            _explain(one["loc"], one["type"], one["msg"], one.get("input"))
-            for one in error.errors(include_url=False)
-        ]
-        raise ConfigError("\n".join(f"{file}: {line}" for line in lines)) from None
+    tree, origins = read_tree(str(_find(site)), changes, SiteProfile)
+    return validated(_without_none(tree), origins, SiteProfile)
 
 
 def dump_profile(profile: SiteProfile) -> str:
@@ -177,51 +159,8 @@ def _find(site: str) -> Path:
     return SITES / f"{site}.yaml"
 
 
-def _put(tree: dict[str, Any], change: str) -> None:
-    key, equals, value = change.partition("=")
-    *sections, last = key.split(".")
-    if not equals or not all([*sections, last]):
-        raise ConfigError(f"{change!r}: expected KEY=VALUE, as in time.limit=2:00:00")
-    for name in sections:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    try:
-        tree[last] = _texts(value) if value[:1] in ("[", "{") else value
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{change!r}: the value cannot be read as YAML: {error}") from None
-
-
-def _texts(content: str) -> Any:
-    """YAML with every scalar as text. BaseLoader makes nothing but text, lists and dictionaries;
-    under safe_load, which is as safe, 24:00:00 would be the number 86400 and `no` False."""
-    return yaml.load(content, Loader=yaml.BaseLoader)
-
-
 def _without_none(value: Any) -> Any:
     """`key:`, `key: null` and `key: ~` mean the key's default."""
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v not in ("", "null", "~")}
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
     return value
-
-
-def _explain(loc: tuple[int | str, ...], kind: str, message: str, value: Any) -> str:
-    key = ".".join(map(str, loc))
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(str(loc[-1]), _all_keys(), n=1)
-        return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else "")
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind == "value_error":
-        return f"{key}: {message.removeprefix('Value error, ')}".removeprefix(": ")
-    return f"{key}: {message}, got {value!r}"
-
-
-def _all_keys() -> list[str]:
-    return list(dict.fromkeys(name for cls in SECTIONS for name in cls.model_fields))
-
-
-SECTIONS: tuple[type[Section], ...] = (
-    SiteProfile, Gpus, GpuMemory, Ram, Storage, Cpus, Array, Time, Meeting,
-    CommandClaim, SafeGpuClaim, LocksClaim, SchedulerClaim, NoClaim,
-)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from os.path import expanduser
 from typing import Annotated, Any, Literal
@@ -35,6 +36,30 @@ def parse_seconds(value: Any) -> float:
     return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
+def _name(text: str) -> str:
+    if re.fullmatch(r"[^\s,=]+", text) is None:
+        raise ValueError(f"{text!r} is no name: it has blanks, commas or =, or is empty")
+    return text
+
+
+def _letter(text: str) -> str:
+    if re.fullmatch(r"[a-zA-Z]", text) is None:
+        raise ValueError(f"{text!r} is no letter of ulimit, as in n: 4096")
+    return text
+
+
+def node_mode(text: str) -> str:
+    if re.fullmatch(r"array|pe:[^\s,=]+", text) is None:
+        raise ValueError(f"{text!r} is neither array nor pe:NAME")
+    return text
+
+
+def absolute(path: str) -> str:
+    if not os.path.isabs(path):
+        raise ValueError(f"{path!r} is no absolute path")
+    return path
+
+
 def _memory(text: str) -> str:
     parse_memory(text)
     return text
@@ -43,9 +68,10 @@ def _memory(text: str) -> str:
 Memory = Annotated[str, AfterValidator(_memory)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0)]
 # Names go into comma-separated lists and `-l name=value` requests, so they hold neither.
-Name = Annotated[str, Field(pattern=r"^[^\s,=]+$")]
+Name = Annotated[str, AfterValidator(_name)]
+Letter = Annotated[str, AfterValidator(_letter)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(as_list)]
-Folder = Annotated[str, AfterValidator(expanduser)]
+AbsolutePath = Annotated[str, AfterValidator(expanduser), AfterValidator(absolute)]
 Per = Literal["slot", "job"]
 
 _PER = (
@@ -71,7 +97,7 @@ class Ram(Section):
 
 
 class Storage(Section):
-    tokens: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    tokens: dict[Name, Annotated[float, Field(gt=0)]] = Field(
         description="Tokens of storage servers that a job on one host takes, as in scratch: 0.5."
     )
     per: Per = Field("slot", description=_PER)
@@ -122,9 +148,11 @@ class Meeting(Section):
     """How the tasks of one run find each other through the shared folder."""
 
     timeout: Seconds = Field(
-        900, description="A node that has waited so long for the others leaves and lines up again."
+        900,
+        gt=0,
+        description="A node that has waited so long for the others leaves and lines up again.",
     )
-    heartbeat: Seconds = Field(5, description="Seconds between signs of life of a node.")
+    heartbeat: Seconds = Field(5, gt=0, description="Seconds between signs of life of a node.")
     stale_after: Seconds = Field(
         60,
         description="A node whose last sign of life is older is taken for dead; by the clock of "
@@ -157,7 +185,7 @@ class SafeGpuClaim(Section):
 
 class LocksClaim(Section):
     kind: Literal["locks"] = Field("locks", description="One lock file for each device of a host.")
-    folder: Folder = Field(
+    folder: AbsolutePath = Field(
         "/tmp/speechllm-gpus", description="A folder on the host's own disk, never a shared one."
     )
     devices: int | None = Field(

@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from speechllm.config.fields import all_keys, children, members_at, named_children
-from speechllm.config.schema import Config
 from speechllm.config.section import Section
 
 
@@ -37,20 +36,19 @@ class Origins:
         return self.path
 
 
-def explain(error: ValidationError, origins: Origins) -> list[str]:
-    """One line for each error, in the order of the schema."""
-    return [_line(details, origins) for details in error.errors(include_url=False)]
+def explain(error: ValidationError, origins: Origins, root: type[Section]) -> list[str]:
+    """One line for each error of a `root`, in the order of its schema."""
+    return [_line(details, origins, root) for details in error.errors(include_url=False)]
 
 
-def _line(details: ErrorDetails, origins: Origins) -> str:
-    key, item, cls = _place(details["loc"])
+def _line(details: ErrorDetails, origins: Origins, root: type[Section]) -> str:
+    key, item, cls = _place(details["loc"], root)
     context = details.get("ctx", {})
     value = details.get("input")
     match details["type"]:
         case "extra_forbidden":
-            return (
-                f"{origins.of(key)}: {key}: no such key{_meant(str(details['loc'][-1]), key, cls)}"
-            )
+            meant = _meant(str(details["loc"][-1]), key, cls, root)
+            return f"{origins.of(key)}: {key}: no such key{meant}"
         case "missing":
             name = key.rpartition(".")[2]
             return (
@@ -92,13 +90,14 @@ def _expected(details: ErrorDetails) -> str:
     return details["msg"].removeprefix("Input should be ")
 
 
-def _place(loc: Sequence[int | str]) -> tuple[str, str, type[Section]]:
+def _place(loc: Sequence[int | str], root: type[Section]) -> tuple[str, str, type[Section]]:
     """(dotted key, "[i]" of an item in its list or "", class of the section that holds the key).
 
-    In a section of several kinds pydantic puts the kind between the names; it is no key.
+    In a section of several kinds pydantic puts the kind between the names; it is no key. Behind a
+    key of a dictionary that is itself wrong it puts "[key]".
     """
     names: list[str] = []
-    cls: type[Section] = Config
+    cls = root
     members: Mapping[str | None, type[Section]] = {}
     by_name: type[Section] | None = None
     item = ""
@@ -110,7 +109,7 @@ def _place(loc: Sequence[int | str]) -> tuple[str, str, type[Section]]:
             cls, members = next(iter(members.values())), {}
         if isinstance(part, int):
             item += f"[{part}]"
-        else:
+        elif part != "[key]":
             names.append(part)
             if by_name is not None:
                 members, by_name = {None: by_name}, None
@@ -120,21 +119,24 @@ def _place(loc: Sequence[int | str]) -> tuple[str, str, type[Section]]:
     return ".".join(names), item, cls
 
 
-def _meant(name: str, key: str, cls: type[Section]) -> str:
+def _meant(name: str, key: str, cls: type[Section], root: type[Section]) -> str:
     """What an unknown `name`, whose place is `key` in a section `cls`, may have been meant for."""
-    if "." in name and name in all_keys():
+    known_keys = all_keys(root)
+    if "." in name and name in known_keys:
         return f"; write it as nested sections ({': '.join(name.split('.'))}: ...)"
     prefix = key.removesuffix(name).removesuffix(".")
-    owners = [kind for kind, other in members_at(prefix).items() if name in other.model_fields]
+    owners = [
+        kind for kind, other in members_at(prefix, root).items() if name in other.model_fields
+    ]
     if owners:
         kind = cls.model_fields["kind"].default
         return f" of kind {kind}; it belongs to {_listed([str(owner) for owner in owners])}"
-    if name in all_keys():
+    if name in known_keys:
         return f"; write it without {prefix}." if prefix else ""
     near = difflib.get_close_matches(name, cls.model_fields, n=1)
     if near:
         return f"; did you mean {f'{prefix}.' if prefix else ''}{near[0]}?"
-    by_name = {known.rpartition(".")[2]: known for known in all_keys()}
+    by_name = {known.rpartition(".")[2]: known for known in known_keys}
     near = difflib.get_close_matches(name, by_name, n=1, cutoff=0.75)
     if near:
         return f"; did you mean {by_name[near[0]]}?"

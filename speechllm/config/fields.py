@@ -49,9 +49,9 @@ def named_children(section: type[Section]) -> dict[str, type[Section]]:
     return {name: cls for name, cls in found.items() if cls is not None}
 
 
-def members_at(key: str) -> Mapping[str | None, type[Section]]:
-    """The sections that may stand at a dotted key of a real configuration, by kind."""
-    members: Mapping[str | None, type[Section]] = {None: Config}
+def members_at(key: str, root: type[Section] = Config) -> Mapping[str | None, type[Section]]:
+    """The sections that may stand at a real dotted key below `root`, by kind."""
+    members: Mapping[str | None, type[Section]] = {None: root}
     by_name: type[Section] | None = None
     for name in key.split(".") if key else []:
         if by_name is not None:
@@ -86,11 +86,11 @@ def sections(root: type[Section] = Config) -> Iterator[tuple[str, str | None, ty
     return walk("", {None: root})
 
 
-def all_keys() -> list[str]:
-    """Every dotted key that a configuration may give, each once."""
+def all_keys(root: type[Section] = Config) -> list[str]:
+    """Every dotted key that a file of `root` may give, each once."""
     keys = [
         f"{prefix}.{name}" if prefix else name
-        for prefix, _, cls in sections()
+        for prefix, _, cls in sections(root)
         for name in cls.model_fields
     ]
     return list(dict.fromkeys(keys))

@@ -15,7 +15,7 @@ import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -25,6 +25,8 @@ from speechllm.config.fields import children, default_kind, kinds, named_childre
 from speechllm.config.schema import Config
 from speechllm.config.section import Section
 from speechllm.errors import ConfigError
+
+S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,20 +66,32 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: one line for each thing that is wrong, with file and line or the override.
     """
-    tree, lines = _read(path) if path is not None else ({}, {})
-    parsed = [_parse_override(text) for text in overrides]
-    origins = Origins(path, lines, {o.key: o.text for o in parsed})
-    tree = _apply(tree, parsed, origins)
-    try:
-        return Config.model_validate(_with_empty_sections(tree, Config))
-    except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, origins))) from None
+    tree, origins = read_tree(path, overrides, Config)
+    return validated(_with_empty_sections(tree, Config), origins, Config)
 
 
 def dump_config(config: Config) -> str:
     """YAML that `load_config` reads back to an equal Config; every key is written out."""
     content = config.model_dump(mode="json")
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def read_tree(
+    path: str | None, overrides: Sequence[str], root: type[Section]
+) -> tuple[dict[str, Any], Origins]:
+    """A file of a `root` with the overrides put in, not yet validated, and where its keys stand."""
+    tree, lines = _read(path) if path is not None else ({}, {})
+    parsed = [_parse_override(text) for text in overrides]
+    origins = Origins(path, lines, {o.key: o.text for o in parsed})
+    return _apply(tree, parsed, origins, root), origins
+
+
+def validated(tree: Mapping[str, Any], origins: Origins, root: type[S]) -> S:
+    """Raises ConfigError with a line for each thing that is wrong."""
+    try:
+        return root.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, origins, root))) from None
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, int]]:
@@ -96,7 +110,7 @@ def _read(path: str) -> tuple[dict[str, Any], dict[str, int]]:
         try:
             root = loader.get_single_node()
             if root is None:
-                raise ConfigError(f"{path}: the file is empty; it needs at least a `model` section")
+                raise ConfigError(f"{path}: the file is empty; expected `key: value` lines")
             if not isinstance(root, yaml.MappingNode):
                 raise ConfigError(f"{path}: expected `key: value` lines at the top level")
             lines: dict[str, int] = {}
@@ -174,12 +188,14 @@ def _parse_override(text: str) -> Override:
         ) from None
 
 
-def _apply(tree: dict[str, Any], overrides: Sequence[Override], origins: Origins) -> dict[str, Any]:
+def _apply(
+    tree: dict[str, Any], overrides: Sequence[Override], origins: Origins, root: type[Section]
+) -> dict[str, Any]:
     """`tree` with the overrides put in: changed kinds first, then all in the order given."""
     tree = copy.deepcopy(tree)
     for override in overrides:
         if override.key.endswith(".kind"):
-            _drop_other_kind(tree, override)
+            _drop_other_kind(tree, override, root)
     for override in overrides:
         *parents, last = override.key.split(".")
         section = tree
@@ -197,11 +213,11 @@ def _apply(tree: dict[str, Any], overrides: Sequence[Override], origins: Origins
     return tree
 
 
-def _drop_other_kind(tree: dict[str, Any], override: Override) -> None:
+def _drop_other_kind(tree: dict[str, Any], override: Override, root: type[Section]) -> None:
     """Empty the section whose kind the override changes, where it is one of several kinds."""
     *parents, name, _ = override.key.split(".")
     parent: Any = tree
-    cls: type[Section] = Config
+    cls = root
     for step in parents:
         below = kinds(cls.model_fields[step].annotation) if step in cls.model_fields else {}
         parent = parent.get(step) if isinstance(parent, dict) else None

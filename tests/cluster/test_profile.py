@@ -70,7 +70,7 @@ def test_changes_from_the_command_line() -> None:
     ("change", "said"),
     [
         ("gpu.name=x", "gpu: no such key; did you mean gpus?"),
-        ("time.hardness=x", "time.hardness: no such key; did you mean hard?"),
+        ("time.hardness=x", "time.hardness: no such key; did you mean time.hard?"),
         ("multi_node=pe", "multi_node"),
         ("ram.amount=7X", "'7X' is no amount of memory"),
         ("time.limit=1 day", "'1 day' is no time"),
@@ -78,12 +78,20 @@ def test_changes_from_the_command_line() -> None:
         ("time.hard=h_rt", "give `limit`"),
         ("cpus.slots=4", "cpus.pe"),
         ("ports=[1, 2]", "1024"),
-        ("ports=[1, 2", "'ports=[1, 2': the value cannot be read as YAML"),
+        ("ports=[1, 2", "override ports=[1, 2: the value starts like a YAML list"),
         ("queue=a b", "queue"),
         ("requests.arch=a,b=c", "requests.arch"),
         ("gpu_claim.kind=lock", "gpu_claim"),
-        ("gpu_claim.kind=command", "gpu_claim.command.command is missing"),
+        ("gpu_claim.kind=command", "gpu_claim.command is missing: The tool"),
+        ("gpu_claim.command=[gpus]", "no such key of kind safe_gpu; it belongs to command"),
+        ("gpu_claim=safe_gpu", "gpu_claim: expected a section of keys"),
+        ("environment=export A=1", "environment: expected a list"),
+        ("ulimits.nofile=4096", "ulimits.nofile: 'nofile' is no letter of ulimit"),
+        ("storage.tokens={'a,b': 1}", "'a,b' is no name"),
+        ("python=python3", "python: 'python3' is no absolute path"),
+        ("shared=data", "shared: 'data' is no absolute path"),
         ("meeting.stale_after=6", "three times heartbeat"),
+        ("meeting.heartbeat=0", "meeting.heartbeat: expected greater than 0"),
         ("limit", "expected KEY=VALUE"),
     ],
 )
@@ -108,7 +116,16 @@ def test_an_unknown_site(site: str, said: str) -> None:
     assert said in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "just text", "a: [", "- list"])
+def test_a_mistake_in_a_file_is_named_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "site.yaml"
+    file.write_text("queue: long.q\nram:\n  names: mem free\n  amount: 4G\n")
+    with pytest.raises(ConfigError, match=r"site\.yaml:3: ram\.names: 'mem free' is no name"):
+        load_profile(str(file))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "just text", "a: [", "- list", "queue: short.q\nqueue: long.q"]
+)
 def test_a_file_that_is_no_profile(text: str, tmp_path: Path) -> None:
     file = tmp_path / "site.yaml"
     file.write_text(text)
