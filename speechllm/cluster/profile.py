@@ -51,7 +51,9 @@ class SiteProfile(Section):
     queue: Names = Field((), description="Queues (-q), as in long.q@@gpu; Slurm: partitions.")
     project: Name | None = Field(None, description="Project (-P); Slurm: account.")
     requests: dict[Name, Name] = Field(
-        {}, description="Further resources (-l) as they are asked for, as in arch: lx-amd64."
+        {},
+        description="Further resources (-l) as they are asked for, as in arch: lx-amd64; Slurm: "
+        "options of sbatch, as in constraint: a100.",
     )
     gpus: Gpus | None = Field(None, description="How GPUs are asked for; none: they are not.")
     gpu_memory: GpuMemory | None = Field(None, description="How memory of GPUs is asked for.")
@@ -113,6 +115,16 @@ class SiteProfile(Section):
     def _kinds_fit(self) -> SiteProfile:
         if self.kind == "slurm" and self.pe is not None:
             raise ValueError("multi_node: pe:NAME is Grid Engine's; Slurm takes `array`")
+        only_sge = {
+            "cpus.pe": self.cpus.pe,
+            "gpu_memory": self.gpu_memory,
+            "storage": self.storage,
+            "checkpoint": self.checkpoint,
+            "time.soft": self.time.soft,
+        }
+        given = [key for key, value in only_sge.items() if value is not None]
+        if self.kind == "slurm" and given:
+            raise ValueError(f"{given[0]} is not asked of Slurm; remove it, or see `requests`")
         if self.kind == "sge" and self.cpus.slots > 1 and not (self.cpus.pe or self.pe):
             raise ValueError("cpus.slots above 1 need cpus.pe, the environment that gives them")
         return self

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from speechllm.cluster.job import Job
-from speechllm.cluster.requests import clock, resource_requests, slots_per_host
+from speechllm.cluster.requests import clock, ram_requests, resource_requests, slots_per_host
 from speechllm.errors import ConfigError
 
 # Grid Engine takes commas, colons, dollars and white space in paths for syntax of its own.
@@ -123,8 +123,7 @@ def _slurm_options(job: Job) -> list[tuple[str, ...]]:
     words += [f"--{name}={value}" for name, value in site.requests.items()]
     if job.gpus_per_node and site.gpus is not None:
         words.append(f"--gres={site.gpus.name}:{job.gpus_per_node}")
-    if site.ram is not None:
-        words += [f"--{name}={site.ram.amount}" for name in site.ram.names]
+    words += [f"--{name}={value}" for name, value in ram_requests(job).items()]
     if job.time_limit is not None:
         words.append(f"--time={clock(job.time_limit)}")
     if site.notify_seconds is not None:

@@ -10,9 +10,9 @@ from speechllm.errors import ConfigError
 
 
 def slots_per_host(job: Job) -> int:
-    """Slots that each host gives the job: of the parallel environment, else one."""
+    """Slots that each host gives the job: of the parallel environment, else one; Slurm's CPUs."""
     site = job.site
-    return site.cpus.slots if job.mode == "pe" or site.cpus.pe else 1
+    return site.cpus.slots if job.mode == "pe" or site.cpus.pe or site.kind == "slurm" else 1
 
 
 def resource_requests(job: Job) -> dict[str, str]:
@@ -33,13 +33,19 @@ def resource_requests(job: Job) -> dict[str, str]:
         found[site.gpus.name] = str(job.gpus_per_node // share)
     if job.gpus_per_node and site.gpu_memory is not None:
         found |= dict.fromkeys(site.gpu_memory.names, site.gpu_memory.amount)
-    if site.ram is not None:
-        amount = memory_share(site.ram.amount, slots if site.ram.per == "slot" else 1)
-        found |= dict.fromkeys(site.ram.names, amount)
+    found |= ram_requests(job)
     if site.storage is not None:
         share = slots if site.storage.per == "slot" else 1
         found |= {name: f"{count / share:g}" for name, count in site.storage.tokens.items()}
     return found | time_requests(job)
+
+
+def ram_requests(job: Job) -> dict[str, str]:
+    ram = job.site.ram
+    if ram is None:
+        return {}
+    amount = memory_share(ram.amount, slots_per_host(job) if ram.per == "slot" else 1)
+    return dict.fromkeys(ram.names, amount)
 
 
 def time_requests(job: Job) -> dict[str, str]:

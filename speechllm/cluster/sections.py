@@ -121,7 +121,7 @@ class Time(Section):
     limit: Seconds | None = Field(
         None,
         description="Time that a job has, asked for under these names. Where the queue has a "
-        "limit of its own, give it here without the names.",
+        "limit of its own, give it here without the names. Slurm: --time, with or without.",
     )
     margin: Seconds = Field(
         600,

@@ -101,9 +101,20 @@ def test_mistakes_are_named(change: str, said: str) -> None:
     assert said in str(refused.value)
 
 
-def test_slurm_has_no_parallel_environments() -> None:
-    with pytest.raises(ConfigError, match="Slurm takes `array`"):
-        load_profile("slurm", ["multi_node=pe:mpi"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("multi_node=pe:mpi", "Slurm takes `array`"),
+        ("cpus.pe=smp", "cpus.pe is not asked of Slurm"),
+        ("gpu_memory={names: gpu_ram, amount: 20G}", "gpu_memory is not asked of Slurm"),
+        ("storage.tokens.scratch=1", "storage is not asked of Slurm"),
+        ("time.soft=s_rt", "time.soft is not asked of Slurm"),
+    ],
+)
+def test_what_only_grid_engine_has_is_refused_of_slurm(change: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_profile("slurm", [change])
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,11 @@ def test_slurm() -> None:
     ]  # fmt: skip
 
 
+def test_memory_that_slurm_counts_for_each_cpu() -> None:
+    changes = ("ram.names=mem-per-cpu", "ram.per=slot", "ram.amount=64G", "cpus.slots=8")
+    assert "--mem-per-cpu=8192M" in submit_arguments(make("slurm", *changes))
+
+
 @pytest.mark.parametrize("site", site_names())
 @pytest.mark.parametrize(
     "fields",
