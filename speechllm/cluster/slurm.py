@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from speechllm.cluster.batch import BatchError, Client, Output, QueuedTask, State
 
-_FORMAT = "%A|%a|%j|%T|%N|%V|%C|%F"
+_FORMAT = "%A|%a|%T|%N|%V|%C|%F|%j"
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Slurm:
 
     def exit_codes(self, job_id: str, task: int | None) -> list[int]:
         which = job_id if task is None else f"{job_id}_{task}"
-        lines = self._ask("sacct", "-n", "-X", "-j", which, "-o", "ExitCode").out.split()
-        return [int(line.partition(":")[0]) for line in lines]
+        answer = self._ask("sacct", "-n", "-P", "-X", "-j", which, "-o", "State,ExitCode")
+        return [_exit_code(*line.split("|")) for line in answer.out.splitlines()]
 
     def delete(self, job_ids: Sequence[str]) -> None:
         output = self._ask("scancel", *job_ids)
@@ -49,11 +49,16 @@ def _is_away(output: Output) -> bool:
     return output.code != 0 and bool(re.search("Unable to contact slurm controller", output.err))
 
 
+def _exit_code(state: str, code: str) -> int:
+    """A job that met its limit, or was killed, has exit code 0 (`0:0`, `0:SIGNAL`) too."""
+    return int(code.partition(":")[0]) or int(state != "COMPLETED")
+
+
 def parse_queue(text: str) -> list[QueuedTask]:
     """Lines of `squeue -h -r -o FORMAT`."""
     rows = []
     for line in text.splitlines():
-        job_id, task, name, code, host, since, cpus, array_id = line.split("|")
+        job_id, task, code, host, since, cpus, array_id, name = line.split("|", 7)
         rows.append(
             QueuedTask(
                 job_id=array_id if task.isdigit() else job_id,

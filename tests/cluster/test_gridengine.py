@@ -292,13 +292,20 @@ def test_qconf() -> None:
 
 def test_slurms_queue() -> None:
     text = (
-        "101|1|a|RUNNING|n1|2026|8|100\n100|N/A|b|PENDING||2026|1|100\n"
-        "7|N/A|c|NODE_FAIL||2026|1|7\n"
+        "101|1|RUNNING|n1|2026|8|100|a\n100|N/A|PENDING||2026|1|100|somebody's a|b\n"
+        "7|N/A|NODE_FAIL||2026|1|7|c\n"
     )
     one, two, three = slurm.parse_queue(text)
+    assert [one.name, two.name, three.name] == ["a", "somebody's a|b", "c"]
     assert (one.job_id, one.task, one.host, one.state, one.slots) == ("100", 1, "n1", "running", 8)
     assert (two.job_id, two.task, two.host, two.state) == ("100", None, None, "pending")
     assert three.state == "error"
+
+
+def test_slurms_jobs_that_were_ended_have_not_ended_well() -> None:
+    text = "COMPLETED|0:0\nTIMEOUT|0:0\nCANCELLED by 1000|0:15\nFAILED|100:0\n"
+    engine = slurm.Slurm(ScriptedClient(Script({"sacct": [Output(0, text, "")]})))
+    assert engine.exit_codes("4", None) == [0, 1, 1, 100]
 
 
 def test_slurms_submission() -> None:
