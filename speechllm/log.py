@@ -38,6 +38,11 @@ def set_up_logging(rank: int = 0, *, file: Path | None = None, verbose: bool = F
         logger.addHandler(to_file)
 
 
+def terminal() -> Console:
+    """Standard output, of which brackets are no markup; wide where it is a file or a pipe."""
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+
+
 def close_logging() -> None:
     """Detach and close every handler, so that a second run in one process starts clean."""
     for handler in list(logger.handlers):

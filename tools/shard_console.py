@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from speechllm.errors import UserError
+from speechllm.log import terminal
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
@@ -58,7 +59,7 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def show(table: Table) -> None:
     """Print to stdout; brackets in names and messages are no markup."""
-    Console(markup=False, highlight=False).print(table)
+    terminal().print(table)
 
 
 def hours(seconds: float) -> str:

@@ -18,10 +18,11 @@ from speechllm.cluster.batch import Batch
 from speechllm.cluster.gridengine import GridEngine
 from speechllm.cluster.job import Job
 from speechllm.cluster.manage import log_files
-from speechllm.cluster.options import add_site_options, gpus_of, make_job, site_of, terminal
+from speechllm.cluster.options import add_site_options, gpus_of, make_job, site_of
 from speechllm.cluster.profile import SiteProfile
 from speechllm.cluster.submission import batch_of, submit_job
 from speechllm.cluster.traps import Finding, SiteFacts, findings, queue_name
+from speechllm.log import terminal
 
 STYLES = {"ok": "green", "warning": "yellow", "wrong": "bold red"}
 

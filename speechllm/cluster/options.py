@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from speechllm.cluster.batch import BatchError
@@ -30,6 +29,7 @@ from speechllm.cluster.submission import (
     submit_job,
 )
 from speechllm.errors import ConfigError
+from speechllm.log import terminal
 
 SITE_VARIABLE = "SPEECHLLM_SITE"
 
@@ -173,11 +173,6 @@ def submit_all(
     else:
         _show(done, jobs)
     return done
-
-
-def terminal() -> Console:
-    """Standard output; wide where it is a file or a pipe."""
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
 
 
 def _show(done: Sequence[Submission], jobs: Sequence[Job]) -> None:

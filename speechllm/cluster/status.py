@@ -16,9 +16,9 @@ from rich.text import Text
 
 from speechllm.cluster.batch import Batch, QueuedTask
 from speechllm.cluster.job import Job, read_job
-from speechllm.cluster.options import terminal
 from speechllm.cluster.requests import clock
 from speechllm.cluster.submission import Submission, batch_of, find_submissions
+from speechllm.log import terminal
 from speechllm.report.status import read_status
 
 # What the exit codes of a job mean; everything else is `failed`.

@@ -61,6 +61,17 @@ def test_whole_shards_are_clean(
     assert "nothing found" in capsys.readouterr().out
 
 
+def test_splits_keep_their_names_in_a_jobs_log(
+    split: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "shards/of_a_corpus/with_a_long_name/train"
+    monkeypatch.chdir(split.parent)
+    Path(name).parent.mkdir(parents=True)
+    split.rename(name)
+    assert main([name, "--num-workers", "1"]) == 0
+    assert name in capsys.readouterr().out
+
+
 def first_tar(split: Path) -> Path:
     return min(split.glob("*.tar"))
 
