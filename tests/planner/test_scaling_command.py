@@ -65,6 +65,17 @@ def test_a_faster_network_and_hiding_help(
     assert seconds[3] < seconds[1]
 
 
+def test_the_documents_example_is_what_is_printed(
+    offline: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    example = document.partition("```\n$ speechllm ")[2].partition("```")[0].replace("\\\n", "")
+    command, _, shown = example.partition("\n")
+    monkeypatch.chdir(ROOT)
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == shown
+
+
 def test_table(offline: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     command = ["plan", LARGE, STEP, "--scale", "--step-seconds", "32", "--gpu-memory", "80GB"]
     assert main([*command, "--json", str(tmp_path / "scaling.json")]) == 0
