@@ -28,7 +28,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed
-	$(BIN)/python tools/config_reference.py --write docs/configuration.md
+	$(BIN)/python tools/generated_docs.py
 
 # torch first and by its exact version: a looser request could bring gigabytes of CUDA packages.
 $(VENV)/.installed-demo: $(PACKAGE_SOURCES)

@@ -1,14 +1,7 @@
-"""Prints what the planner says of two models on 1, 8 and 64 GPUs, or keeps it in a document.
-
-python tools/strategy_tables.py                             # print the tables
-python tools/strategy_tables.py --write docs/strategies.md  # renew them between the markers
-python tools/strategy_tables.py --check docs/strategies.md  # exit 1 if they are out of date
-"""
+"""What the planner says of two models on 1, 8 and 64 GPUs: the tables of docs/strategies.md."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +16,6 @@ from speechllm.planner.memory import STRATEGIES
 from speechllm.planner.table import as_json, as_text
 from speechllm.planner.workload import assumed
 
-START = "<!-- strategy tables: start (tools/strategy_tables.py --write) -->\n"
-END = "<!-- strategy tables: end -->\n"
 CONFIG = Path(__file__).parent.parent / "configs" / "whisper-large-v3_olmo2-1b_pre_norm.yaml"
 STEP = "data.microbatches_per_step=64"
 LLAMA = "model.llm.id=meta-llama/Llama-3.1-8B-Instruct"
@@ -78,46 +69,3 @@ def _advice(found: dict[str, Any]) -> str:
         return "nothing fits"
     lowered = "" if found["strategies"][name]["fits"] else " (lower than set)"
     return f"{name}, {found['max_batch_tokens']}{lowered}"
-
-
-def splice(document: str) -> str:
-    """The document with new tables between its two markers."""
-    before, start, rest = document.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise ValueError(f"the document needs the lines {START!r} and {END!r}")
-    return before + START + tables() + END + after
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    action = parser.add_mutually_exclusive_group()
-    action.add_argument("--write", type=Path, metavar="FILE")
-    action.add_argument("--check", type=Path, metavar="FILE")
-    options = parser.parse_args(arguments)
-    file = options.write or options.check
-    if file is None:
-        print(tables(), end="")
-        return 0
-    try:
-        old = file.read_text(encoding="utf-8")
-        new = splice(old)
-    except (OSError, ValueError) as error:
-        print(f"{file}: {error}", file=sys.stderr)
-        return 2
-    if options.write:
-        file.write_text(new, encoding="utf-8")
-        return 0
-    if old != new:
-        print(
-            f"{file} is out of date: run python tools/strategy_tables.py --write {file}",
-            file=sys.stderr,
-        )
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

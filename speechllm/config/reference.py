@@ -12,27 +12,11 @@ from pydantic.fields import FieldInfo
 from speechllm.config.fields import children, default_kind, named_children, sections
 from speechllm.config.section import Section
 
-BEGIN = "<!-- generated from speechllm/config/schema.py: begin -->"
-END = "<!-- generated: end -->"
-
 
 def config_reference() -> str:
     """One Markdown table for each section (and each kind of it): key, type, default, meaning."""
     tables = [_table(prefix, kind, cls) for prefix, kind, cls in sections()]
     return "\n\n".join(tables) + "\n"
-
-
-def splice_reference(document: str) -> str:
-    """`document` with what stands between its two markers replaced by the reference.
-
-    Raises:
-        ValueError: the document does not hold both markers, in order.
-    """
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"no place for the reference: the document needs {BEGIN} and {END}")
-    return f"{head}{BEGIN}\n\n{config_reference()}\n{END}{tail}"
 
 
 def _table(prefix: str, kind: str | None, cls: type[Section]) -> str:
