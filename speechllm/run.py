@@ -91,7 +91,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
         config,
         world.device,
         world,
-        utterances=of_split(config, train, text),
+        utterances=of_split(train, text),
         recorded=checkpoint.path / "config.yaml" if checkpoint is not None else None,
     )
     train = read_features(config, train, training_key(config))

@@ -67,7 +67,7 @@ def test_a_choice_that_training_makes_is_not_foretold(
 
 
 def test_everything_that_is_missing_is_said_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = [

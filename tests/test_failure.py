@@ -258,7 +258,7 @@ def test_no_rank_leaves_before_the_checkpoint_of_a_stopped_run_is_written(
 
 
 def test_a_wrong_configuration_is_told_once_a_host(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = {}
     for local_rank in ("0", "1"):

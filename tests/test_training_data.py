@@ -402,7 +402,7 @@ def test_planning_memory_looks_at_the_mixture(
     assert "utterances as in data.train" in capsys.readouterr().out
     config = mixed(corpora, "data.augmentation.speed.probability=0.1")
     split, text = opened(config)
-    planned = of_split(config, split, text)
+    planned = of_split(split, text)
     assert len({u.prompt_tokens for u in planned}) == 2
     for u in planned:
         assert 0 < u.text_tokens <= split.corpus.text_lengths.max()

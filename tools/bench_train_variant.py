@@ -52,7 +52,7 @@ class Variant:
         self.world = world
         self.text = prepare_text(config)
         self.split = open_training(config, self.text)
-        lengths = of_split(config, self.split, self.text)
+        lengths = of_split(self.split, self.text)
         config = settle(config, world.device, world, utterances=lengths)
         self.sample = Sample.of(config, self.split, steps)
         self.model = prepare_model(

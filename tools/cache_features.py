@@ -122,7 +122,7 @@ def _settled(config: Config, world: World) -> Config:
     if config.precision != "auto":
         return config
     text = prepare_text(config)
-    lengths = of_split(config, open_training(config, text), text)
+    lengths = of_split(open_training(config, text), text)
     return settle(config, world.device, world, utterances=lengths)
 
 

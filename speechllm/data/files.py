@@ -46,12 +46,6 @@ def read_bytes(url: str) -> bytes:
         return file.read()
 
 
-def read_range(fs: Any, path: str, offset: int, size: int) -> bytes:
-    """Bytes of a file on an fsspec file system; fewer where it is shorter."""
-    with _as_os_errors():
-        return fs.cat_file(path, start=offset, end=offset + size)
-
-
 def file_size(url: str) -> int | None:
     """Bytes, or None where a server does not tell. Raises OSError when the file is not there."""
     path = local_path(url)

@@ -134,10 +134,6 @@ def _refuse_half_characters(text: str, fields: dict[str, Any]) -> None:
         raise DataError(f"the metadata is not Unicode ({error.reason})") from error
 
 
-def _preference(member: MetadataMember) -> int:
-    return METADATA_EXTENSIONS.index(extension(member.name))
-
-
 def _up_to_last_dot(name: str) -> str:
     return posixpath.splitext(name)[0]
 

@@ -40,7 +40,7 @@ def utterances_of(config: Config) -> tuple[list[Utterance], str]:
     and which of the two, in words. Looks at nothing but this machine."""
     split, text = training_here(config, budget=LARGEST_BUDGET)
     if split is not None and text is not None:
-        return of_split(config, split, text), "utterances as in data.train"
+        return of_split(split, text), "utterances as in data.train"
     missing = "no tokenizer or no data.train on this machine"
     if not config.data.training_shards:
         missing = "data.train is not set"

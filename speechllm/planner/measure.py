@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -31,19 +30,3 @@ def peak_growth(action: Callable[[], object], device: torch.device) -> int:
     memory = [event for event in results.events() if event.name() == "[memory]"]
     memory.sort(key=lambda event: event.start_ns())
     return max(0, *accumulate(event.nbytes() for event in memory)) if memory else 0
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of all storages that the tensors have, each counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
-
-
-def standing_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of what lives through a training step: weights, buffers, gradients, moments."""
-    parameters = list(model.parameters())
-    tensors: list[Tensor] = [*parameters, *model.buffers()]
-    tensors += [p.grad for p in parameters if p.grad is not None]
-    for state in optimizer.state.values():
-        tensors += [value for value in state.values() if isinstance(value, Tensor)]
-    return storage_bytes(tensors)

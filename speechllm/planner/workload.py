@@ -53,7 +53,7 @@ def assumed(config: Config) -> list[Utterance]:
     ]
 
 
-def of_split(config: Config, split: Split, text: TextSide) -> list[Utterance]:
+def of_split(split: Split, text: TextSide) -> list[Utterance]:
     """The utterances at some quantiles of the split's LLM positions, the longest among them."""
     kept = split.selection.kept
     ordered = kept[np.argsort(split.costs[kept], kind="stable")]

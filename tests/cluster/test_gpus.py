@@ -209,7 +209,7 @@ def test_the_package_safe_gpu_claims_in_a_process_that_ends_with_the_claim(tmp_p
         pass
 
 
-def test_nothing_is_claimed_where_nothing_is_wanted(tmp_path):
+def test_nothing_is_claimed_where_nothing_is_wanted():
     for claim, count in ((NoClaim(), 2), (SchedulerClaim(), 0)):
         with claim_gpus(claim, count, environment={}) as claimed:
             assert claimed.environment == {}

@@ -384,7 +384,7 @@ def test_one_end_for_the_whole_group(results, code, words):
     assert agree_on(dict(reversed(results.items()))) == end
 
 
-def test_a_failure_is_concluded_alike_by_all(tmp_path):
+def test_a_failure_is_concluded_alike_by_all():
     """One crashes, the other is told so; both wait for the third, which is dead: again."""
     folder, clock = MemoryFolder(), [0.0]
     rules = Rules(3, 3, timeout=300, settle=6, stale_after=STALE)

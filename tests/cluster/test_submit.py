@@ -330,7 +330,7 @@ def test_nothing_is_submitted_where_a_later_job_is_refused(submit: Submit, grid:
     assert (code, "Only 1 job" in err, "already: shard_d_plan (31)" in err) == (2, True, True), err
 
 
-def test_shard_of_other_corpora(submit: Submit, grid: FakeGrid) -> None:
+def test_shard_of_other_corpora(submit: Submit) -> None:
     sources = ["--source", "kaldi:data/train", "--source", "librispeech:/corpora/L,prefix=l-"]
     code, out, err = submit(
         "shard", *sources, "--normalise", "lowercase", "--out", "d", "--tasks", "2",
@@ -385,7 +385,7 @@ def test_generate(submit: Submit, grid: FakeGrid, tmp_path: Path) -> None:
 
 
 def test_what_is_waited_for_need_not_be_there(
-    train: Submit, submit: Submit, grid: FakeGrid, tmp_path: Path
+    train: Submit, submit: Submit, tmp_path: Path
 ) -> None:
     data = "data.train=data/later"
     assert train(data)[0] == 2

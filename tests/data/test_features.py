@@ -116,7 +116,7 @@ def test_sizes_are_foreseen(corpus: Corpus, dtype: Dtype) -> None:
     assert frame_bytes(dtype, 10, 7, 2) == (140 if dtype == "bf16" else 150)
 
 
-def test_damaged_files_are_refused(corpus: Corpus, tmp_path: Path) -> None:
+def test_damaged_files_are_refused(corpus: Corpus) -> None:
     write_features(corpus, "bf16")
     path = Path(feature_path(corpus.shards[0], "key", "bf16"))
     whole = path.read_bytes()

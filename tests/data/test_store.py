@@ -157,7 +157,7 @@ def test_shards_on_an_http_server(
         assert ranges == {f"bytes=0-{tar.stat().st_size - 1}" for tar in server.tars()}
 
 
-def test_a_shard_that_changes_on_its_server_is_named(server: Server, tmp_path: Path) -> None:
+def test_a_shard_that_changes_on_its_server_is_named(server: Server) -> None:
     (tar, *_) = server.tars()
     store = Store(open_corpus([f"{server.url}/{tar.name}"]))
     store.read(0)

@@ -45,7 +45,7 @@ def test_products_are_timed_in_both_types() -> None:
     assert seconds.keys() == {"fp32", "bf16"}
 
 
-def test_shapes_are_read_and_large_ones_timed_on_fewer_rows(tmp_path: Path) -> None:
+def test_shapes_are_read_and_large_ones_timed_on_fewer_rows() -> None:
     shape = layer_shape(schema.LLM(id="random:llama"))
     assert shape == ("llama", 64, 4, 2, 128)
     assert shape.matrix_parameters == 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import pytest
 from runs import ROOT, TINY
@@ -19,7 +21,7 @@ from speechllm.model.speech_llm import SpeechLLM
 from speechllm.model.tiny import build_tiny_llm, build_tiny_whisper
 from speechllm.planner.advice import Machine, job_of
 from speechllm.planner.architecture import read_architecture
-from speechllm.planner.measure import peak_growth, standing_bytes, storage_bytes
+from speechllm.planner.measure import peak_growth
 from speechllm.planner.memory import estimate_memory
 from speechllm.planner.workload import shape_of
 from speechllm.settle import settle
@@ -56,6 +58,22 @@ def built(config: Config) -> SpeechLLM:
         ctc=config.train.ctc_steps > 0,
         activation_checkpointing=config.train.activation_checkpointing is True,
     )
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of all storages that the tensors have, each counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def standing_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of what lives through a training step: weights, buffers, gradients, moments."""
+    parameters = list(model.parameters())
+    tensors: list[Tensor] = [*parameters, *model.buffers()]
+    tensors += [p.grad for p in parameters if p.grad is not None]
+    for state in optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, Tensor)]
+    return storage_bytes(tensors)
 
 
 def predicted_and_measured(

@@ -59,7 +59,7 @@ def test_utterances_of_a_split_cost_what_the_split_says(tmp_path, shards):
     config = tiny_config(tmp_path, shards)
     text = prepare_text(config)
     split = open_split(config, config.data.train, text, key="data.train", budget=4096)
-    found = of_split(config, split, text)
+    found = of_split(split, text)
     columns = [microbatch(config, u, 4096).columns for u in found]
     assert max(columns) == split.costs[split.selection.kept].max()
     assert min(columns) == split.costs[split.selection.kept].min()

@@ -34,7 +34,7 @@ def test_planning_is_measured_in_processes_that_share(
     assert 1 < found["extra_rank_megabytes"] < 500
 
 
-def test_all_contenders_decode_the_same_hours(tmp_path: Path) -> None:
+def test_all_contenders_decode_the_same_hours() -> None:
     pytest.importorskip("datasets")
     pytest.importorskip("webdataset")
     import bench_loading

@@ -68,7 +68,6 @@ def test_each_difference_has_its_tolerance() -> None:
 
 @pytest.mark.parametrize("as_json", [True, False])
 def test_what_differs_or_fails_is_said_and_is_exit_code_1(
-    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     as_json: bool,
@@ -104,7 +103,7 @@ def test_wrong_input_is_refused_before_any_training(capsys: pytest.CaptureFixtur
 
 
 def test_a_configuration_that_does_not_train_at_all_is_wrong_input(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def train(*_: object, **__: object) -> None:
         raise parity.Failed("no shards")

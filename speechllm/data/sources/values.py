@@ -14,11 +14,6 @@ from speechllm.log import logger
 _LARGEST = 1e12
 
 
-def is_absolute(path: str) -> bool:
-    """Whether a path or url means the same whatever the root."""
-    return local_path(path) is None or os.path.isabs(path) or path.startswith("file://")
-
-
 def directory_of(path: str) -> str:
     """Where the file lies, as an absolute path or a url."""
     local = local_path(path)

@@ -154,7 +154,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         Corpus(f"hf:{folder}")
 
 
-def test_a_name_needs_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_needs_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match=r'pip install "speechllm\[datasets\]"'):
         Corpus("hf:org/name,split=train")
