@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,17 @@ def test_librispeech(tmp_path: Path) -> None:
         "dev-clean": ["dev-clean"],
         "test-clean": ["test-clean"],
     }
+
+
+def test_what_is_said_can_be_run_as_it_stands(tmp_path: Path) -> None:
+    corpus = tmp_path / "Libri Speech"
+    name = "1-7-0000"
+    for part in ("train-clean-100", "dev-clean"):
+        write_tone(corpus / part / f"1/7/{name}.flac", 0.5, seed=len(part))
+        write_lines(corpus / part / "1/7/1-7.trans.txt", [f"{name} {part.upper()}"])
+    done = recipe("librispeech.sh", corpus, tmp_path / "my shards")
+    words = shlex.split(done.stdout.splitlines()[-1])
+    assert f"data.train={tmp_path / 'my shards' / 'train'}" in words, done.stderr
 
 
 def test_common_voice(tmp_path: Path) -> None:

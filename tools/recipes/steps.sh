@@ -36,9 +36,10 @@ finish() { # CONFIG TRAIN OTHER...
     shift
     local check=("$PYTHON" "$TOOLS/check_shards.py" "$@")
     if [ -n "$TASKS" ]; then
-        echo "When the jobs are done:  ${check[*]}"
+        echo "When the jobs are done: $(printf ' %q' "${check[@]}")"
     else
         "${check[@]}" || [ $? = 1 ] # what it found, it has said
     fi
-    echo "Then:  $PYTHON -m speechllm train $config data.train=$1 data.validation=${2:-SHARDS}"
+    local train=("$PYTHON" -m speechllm train "$config" "data.train=$1" "data.validation=${2:-SHARDS}")
+    echo "Then: $(printf ' %q' "${train[@]}")"
 }
