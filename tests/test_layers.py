@@ -1,6 +1,7 @@
 """Who may import whom: every file imports from its own floor's package or from floors below."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,6 +68,14 @@ TORCH_FREE = {"__init__", "config", "errors"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("**/*.py")) + sorted((ROOT / "cluster").glob("**/*.py"))
+
+
+def test_the_floors_are_those_of_the_document() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("    roof ")[1].split("\n\n")[0]
+    floors = re.split(r"3rd|2nd|1st|ground", table)
+    for floor, text in zip((ROOF, THIRD, SECOND, FIRST, GROUND), floors, strict=True):
+        units = {unit for unit, one in FLOORS.items() if one == floor} - {"__init__"}
+        assert {name.rstrip("/") for name in text.split()} == units
 
 
 def module_of(file: Path) -> str:
