@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from speechllm.checkpoint import (
     read_checkpoint,
     refuse_other_identity,
 )
-from speechllm.config.load import dump_config
+from speechllm.config.load import dump_config, dumped_values
 from speechllm.config.schema import Config
 from speechllm.data.loader import TrainLoader
 from speechllm.data.plan import EpochPlan
@@ -215,14 +215,33 @@ def _warn_of_other_models(found: dict[str, Any], wanted: dict[str, Any], source:
 def _write_config(config: Config, directory: Path) -> None:
     path, text = directory / "config.yaml", dump_config(config)
     if path.is_file():
-        before = path.read_text(encoding="utf-8")
-        changes = difflib.unified_diff(before.splitlines(), text.splitlines(), n=0, lineterm="")
-        for change in list(changes)[2:]:
-            if not change.startswith("@@"):
-                logger.warning("the configuration differs from this run's last start: %s", change)
+        for change in _changes(path, text):
+            logger.warning("the configuration differs from this run's last start: %s", change)
     aside = path.with_name(".config.yaml.new")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
+
+
+def _changes(file: Path, text: str) -> list[str]:
+    """What of the configuration in `file` the one in `text` changes, with dotted keys."""
+    try:
+        before = dumped_values(file.read_text(encoding="utf-8"))
+    except (ConfigError, UnicodeDecodeError):
+        return [f"{file} cannot be read"]
+    now = dumped_values(text)
+    return [
+        f"{key} was {_shown(before, key)}, is {_shown(now, key)}"
+        for key in dict.fromkeys([*before, *now])
+        if _shown(before, key) != _shown(now, key)
+    ]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return "not there"
+    value = values[key]
+    plain = isinstance(value, str) and value.isprintable() and value
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _say_what_runs(

@@ -273,6 +273,24 @@ def test_a_resume_that_would_not_be_the_same_run_is_refused(
         tiny(tmp_path, shards, "train.steps=2", override)
 
 
+def test_what_a_start_changes_is_named_by_whole_keys(tmp_path: Path, shards: Path) -> None:
+    targets = "model.lora.targets=[a, {}]"
+    tiny(tmp_path, shards, "train.steps=1", targets.format("b"))
+    tiny(
+        tmp_path, shards, "train.steps=1", targets.format("c"), "evaluation.wer_utterances=2",
+        "data.augmentation.gain.probability=0.5",
+    )  # fmt: skip
+    (tmp_path / "config.yaml").write_text("seed: [1")
+    tiny(tmp_path, shards, "train.steps=1")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.partition("last start: ")[2] for line in lines if "last start" in line] == [
+        'model.lora.targets was ["a", "b"], is ["a", "c"]',
+        "data.augmentation.gain.probability was 0.0, is 0.5",
+        "evaluation.wer_utterances was 0, is 2",
+        f"{tmp_path}/config.yaml cannot be read",
+    ]
+
+
 def test_missing_weights_of_a_checkpoint_are_refused(tmp_path: Path, shards: Path) -> None:
     tiny(tmp_path, shards, "train.steps=1")
     file = find_checkpoint(tmp_path) / "trainable.safetensors"

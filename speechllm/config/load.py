@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -92,6 +92,31 @@ def validated(tree: Mapping[str, Any], origins: Origins, root: type[S]) -> S:
         return root.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, origins, root))) from None
+
+
+def dumped_values(text: str) -> dict[str, Any]:
+    """The values of what `dump_config` wrote, as text, by dotted key; whatever the schema was then.
+
+    Raises ConfigError where it is no such text.
+    """
+    loader = _Loader(text)
+    try:
+        root = loader.get_single_data()
+    except yaml.YAMLError as error:
+        raise ConfigError(_syntax_error("configuration", error)) from None
+    finally:
+        loader.dispose()
+    if not isinstance(root, dict):
+        raise ConfigError("configuration: expected `key: value` lines at the top level")
+    return dict(_leaves(root, ""))
+
+
+def _leaves(section: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _read(path: str) -> tuple[dict[str, Any], dict[str, int]]:
