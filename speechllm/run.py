@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def open_run(config: Config, world: World, stack: ExitStack) -> Run:
     )
     strategy = build_strategy(config, model, world)
     _load(strategy, config, checkpoint, about, world)
-    progress = checkpoint.progress if checkpoint is not None else Progress()
+    progress = _progress(config, checkpoint)
     if world.is_main:
         _write_config(config, directory)
     _say_what_runs(config, world, model, text, train, plan_of(progress.epoch), progress)
@@ -212,6 +212,20 @@ def _warn_of_other_models(found: dict[str, Any], wanted: dict[str, Any], source:
             )  # fmt: skip
 
 
+def _progress(config: Config, checkpoint: Checkpoint | None) -> Progress:
+    if checkpoint is None:
+        return Progress()
+    progress, metric = checkpoint.progress, config.evaluation.metric
+    former = _values(checkpoint.path / "config.yaml").get("evaluation.metric", metric)
+    if progress.best and former != metric:
+        logger.warning(
+            "the best so far is forgotten: its score is of evaluation.metric=%s and does not "
+            "compare with %s", former, metric,
+        )  # fmt: skip
+        progress = replace(progress, best=[], evaluations_without_best=0)
+    return progress
+
+
 def _write_config(config: Config, directory: Path) -> None:
     path, text = directory / "config.yaml", dump_config(config)
     if path.is_file():
@@ -224,16 +238,22 @@ def _write_config(config: Config, directory: Path) -> None:
 
 def _changes(file: Path, text: str) -> list[str]:
     """What of the configuration in `file` the one in `text` changes, with dotted keys."""
-    try:
-        before = dumped_values(file.read_text(encoding="utf-8"))
-    except (ConfigError, UnicodeDecodeError):
+    before, now = _values(file), dumped_values(text)
+    if not before:
         return [f"{file} cannot be read"]
-    now = dumped_values(text)
     return [
         f"{key} was {_shown(before, key)}, is {_shown(now, key)}"
         for key in dict.fromkeys([*before, *now])
         if _shown(before, key) != _shown(now, key)
     ]
+
+
+def _values(file: Path) -> dict[str, Any]:
+    """Of the configuration in `file`, by dotted key; nothing where it cannot be read."""
+    try:
+        return dumped_values(file.read_text(encoding="utf-8"))
+    except (OSError, ConfigError, UnicodeDecodeError):
+        return {}
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

@@ -219,6 +219,25 @@ def test_evaluation_keeps_the_best_and_stops_early(
     assert metrics(tmp_path)[-1]["step"] == 8
 
 
+def test_scores_of_another_metric_are_no_rivals(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = iter([0.2, 0.3, 0.6, 0.5])
+    monkeypatch.setattr(
+        speechllm.train,
+        "evaluate",
+        lambda *args: {"loss": 3.0, "token_accuracy": next(accuracies)},
+    )
+    settings = (f"data.validation={shards}", "evaluation.every=1", "evaluation.patience=2")
+    tiny(tmp_path, shards, *settings, "train.steps=2")
+    tiny(tmp_path, shards, *settings, "train.steps=4", "evaluation.metric=token_accuracy")
+    progress = read_checkpoint(find_checkpoint(tmp_path, prefer="last")).progress
+    assert progress.best == [{"step": 3, "score": 0.6}]
+    assert progress.evaluations_without_best == 1
+    assert (tmp_path / "best").resolve().name == "step_00000003"
+    assert "evaluation.metric=loss" in (tmp_path / "train.log").read_text()
+
+
 def test_real_evaluation_with_wer_changes_nothing_of_training(tmp_path: Path, shards: Path) -> None:
     settings = ("train.steps=4",)
     evaluation = (
