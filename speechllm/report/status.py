@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from speechllm.lease import Lease
+from speechllm.report.lines import to_json
 
 State = Literal["running", "saved", "done", "failed"]
 
@@ -39,7 +40,7 @@ class RunStatus:
             self.lease.check()
         self._last |= {"state": state, "step": step, "time": time.time(), "reason": reason, **more}
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        aside.write_text(json.dumps(self._last, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(to_json(self._last) + "\n", encoding="utf-8")
         aside.replace(self.path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from speechllm.checkpoint import complete_checkpoints, read_checkpoint
 from speechllm.errors import UserError
-from speechllm.report.lines import read_lines
+from speechllm.report.lines import read_lines, to_json
 
 
 def summarise(run: Path) -> dict[str, Any]:
@@ -40,7 +39,7 @@ def report_command(runs: Sequence[Path], as_json: bool) -> str:
     """What `speechllm report` prints."""
     found = {str(run): summarise(run) for run in runs}
     if as_json:
-        return json.dumps(found, indent=1)
+        return to_json(found)
     table = Table("run", "step", "loss", "utt/s", "checkpoint", "best step", "best", "validation")
     for run, about in found.items():
         best, evaluation = about["best"] or {}, about["evaluation"] or {}
