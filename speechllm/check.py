@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
-from speechllm.checkpoint import complete_checkpoints, read_checkpoint, refuse_other_identity
+from speechllm.checkpoint import (
+    complete_checkpoints,
+    find_start,
+    read_checkpoint,
+    refuse_other_identity,
+)
 from speechllm.config.schema import Config
 from speechllm.errors import CheckpointError, UserError
 from speechllm.features import read_features
@@ -206,6 +211,7 @@ def _check_run_dir(config: Config, about: dict[str, Any] | None, findings: Findi
     complete = complete_checkpoints(Path(config.run_dir))
     if not complete:
         findings.good(f"run_dir {config.run_dir}: would start anew")
+        _check_init_from(config, findings)
         return
     try:
         found = read_checkpoint(complete[-1])
@@ -215,3 +221,14 @@ def _check_run_dir(config: Config, about: dict[str, Any] | None, findings: Findi
         findings.bad(f"run_dir {error}")
     else:
         findings.good(f"run_dir {config.run_dir}: would resume after step {found.progress.step}")
+
+
+def _check_init_from(config: Config, findings: Findings) -> None:
+    if config.train.init_from is None:
+        return
+    try:
+        source = find_start(config.train.init_from)
+    except CheckpointError as error:
+        findings.bad(str(error))
+    else:
+        findings.good(f"train.init_from: would start from {source}")

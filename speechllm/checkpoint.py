@@ -73,6 +73,14 @@ def find_checkpoint(where: Path, *, prefer: str = "best") -> Path:
     return complete[-1]
 
 
+def find_start(init_from: str) -> Path:
+    """The checkpoint that `train.init_from` means. Raises CheckpointError, which names the key."""
+    try:
+        return find_checkpoint(Path(init_from))
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from={error}") from None
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
     """The small part: progress and identity. Raises CheckpointError when it is not ours."""
     try:

@@ -13,7 +13,7 @@ from speechllm.checkpoint import (
     Checkpoint,
     Progress,
     complete_checkpoints,
-    find_checkpoint,
+    find_start,
     read_checkpoint,
     refuse_other_identity,
 )
@@ -193,7 +193,7 @@ def _load(
     if checkpoint is not None:
         state = read_trainable(checkpoint.path) if world.is_main else None
     elif config.train.init_from is not None:
-        source = find_checkpoint(Path(config.train.init_from))
+        source = find_start(config.train.init_from)
         logger.info("starting from the weights of %s", source)
         _warn_of_other_models(read_checkpoint(source).identity, about, source)
         if world.is_main:

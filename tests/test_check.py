@@ -116,3 +116,20 @@ def test_targets_that_ctc_cannot_align_are_counted(
     assert said in (tmp_path / "run" / "train.log").read_text()
     (step,) = metrics(tmp_path / "run")
     assert step["loss"] == 0
+
+
+def test_weights_to_start_from_are_looked_for(
+    tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = tmp_path / "first"
+    command = [TINY, f"data.train={shards}", "data.num_workers=0", "train.steps=1"]
+    start = [*command, f"run_dir={tmp_path / 'second'}", f"train.init_from={first}"]
+    assert main(["check", *start]) == 2
+    found = capsys.readouterr().out
+    assert f"MISSING  train.init_from={first}: no complete checkpoint there" in found
+    assert main(["train", *start]) == 2
+    assert f"speechllm: train.init_from={first}: no complete" in capsys.readouterr().err
+    assert main(["train", *command, f"run_dir={first}"]) == 0
+    capsys.readouterr()
+    assert main(["check", *start]) == 0
+    assert f"train.init_from: would start from {first}/checkpoints/" in capsys.readouterr().out
