@@ -12,6 +12,7 @@ from speechllm.config.section import Path, Paths, Section, as_list
 Probability = Annotated[float, Field(ge=0, le=1)]
 Factor = Annotated[float, Field(ge=0.5, le=2)]
 Range = tuple[float, float]
+LARGEST = 2**31 - 1  # of what arrays of 64-bit integers are made of
 
 
 def _nothing_is_empty(value: Any) -> Any:
@@ -156,13 +157,16 @@ class Data(Section):
     )
     validation: Paths = Field((), description="As `train`, for evaluation during training.")
     microbatch_tokens: int = Field(
-        4096, ge=1, description="Budget of one microbatch, padding included, in LLM positions."
+        4096,
+        ge=1,
+        le=LARGEST,
+        description="Budget of one microbatch, padding included, in LLM positions.",
     )
     microbatches_per_step: int = Field(
-        8, ge=1, description="M: microbatches of a step over all ranks together."
+        8, ge=1, le=LARGEST, description="M: microbatches of a step over all ranks together."
     )
     window: int = Field(
-        20_000, ge=1, description="Utterances that are bucketed by length together."
+        20_000, ge=1, le=LARGEST, description="Utterances that are bucketed by length together."
     )
     min_seconds: float = Field(0.1, ge=0, description="Shorter utterances are dropped.")
     max_seconds: float = Field(60.0, gt=0, description="Longer utterances are dropped.")

@@ -190,6 +190,10 @@ def _locate(
 
 
 def _parse_override(text: str) -> Override:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"override {text!r}: not UTF-8; config.yaml could not hold it") from None
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):

@@ -127,7 +127,12 @@ Strategy = Annotated[
 
 class Config(Section):
     run_dir: Path | None = Field(None, description="Where everything of the run is written.")
-    seed: int = Field(1, ge=0, description="Decides data order, augmentation, weights and dropout.")
+    seed: int = Field(
+        1,
+        ge=0,
+        le=2**64 - 1,  # torch takes no more
+        description="Decides data order, augmentation, weights and dropout.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto",
         description="Compute. What trains keeps fp32 master weights in any; fp16 scales the loss "
@@ -150,6 +155,7 @@ class Config(Section):
     collective_timeout: float = Field(
         1800.0,
         gt=0,
+        le=1e9,  # from about 9e9 on torch's clock, which counts nanoseconds, is over at once
         description="Seconds that a rank waits for the others in one collective before it gives "
         "up. Longer than the slowest checkpoint gather and evaluation of a rank.",
     )
