@@ -56,9 +56,9 @@ def train(config: Config, world: World, *, probe_first: bool = False) -> int:
 
 def _loop(run: Run, stop: StopSignals) -> int:
     config, progress, world = run.config, run.progress, run.world
-    if _finished(run):
-        logger.info("nothing left to do: the run is at step %d", progress.step)
-        _say(run, "done")
+    if reason := _finished(run):
+        logger.info("nothing left to do: the run is at step %d; %s", progress.step, reason)
+        _say(run, "done", reason)
         return DONE
     _say(run, "running")
     transfer = Transfer(world.device)
@@ -99,9 +99,10 @@ def _loop(run: Run, stop: StopSignals) -> int:
                 improved = _evaluate(run, run.validation)
             if improved or _finished(run) or _due(run, config.train.checkpoint_every):
                 _save(run)
-            if _finished(run):
+            if reason := _finished(run):
                 _wait_for_writer(run)
-                _say(run, "done")
+                logger.info("done after step %d; %s", progress.step, reason)
+                _say(run, "done", reason)
                 return DONE
             clock.restart()
     raise AssertionError("the loader is endless")
@@ -152,10 +153,14 @@ def _due(run: Run, every: int) -> bool:
     return run.progress.step % every == 0 or run.progress.step == run.config.train.steps
 
 
-def _finished(run: Run) -> bool:
-    patience = run.config.evaluation.patience
-    out_of_patience = 0 < patience <= run.progress.evaluations_without_best
-    return out_of_patience or run.progress.step >= run.config.train.steps
+def _finished(run: Run) -> str | None:
+    """Why the run is over; None: it is not."""
+    steps, patience = run.config.train.steps, run.config.evaluation.patience
+    if run.progress.step >= steps:
+        return f"train.steps is {steps}"
+    if 0 < patience <= (without := run.progress.evaluations_without_best):
+        return f"{without} evaluations brought no new best, evaluation.patience is {patience}"
+    return None
 
 
 def _count_bad(run: Run, data: StepData, totals: StepTotals, plan: EpochPlan) -> None:

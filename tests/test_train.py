@@ -217,6 +217,11 @@ def test_evaluation_keeps_the_best_and_stops_early(
     assert [json.loads(line)["step"] for line in evaluations] == [2, 4, 6, 8]
     assert tiny(tmp_path, shards, *settings) == DONE  # also after a restart
     assert metrics(tmp_path)[-1]["step"] == 8
+    reason = "2 evaluations brought no new best, evaluation.patience is 2"
+    log = (tmp_path / "train.log").read_text()
+    assert f"done after step 8; {reason}" in log
+    assert f"the run is at step 8; {reason}" in log
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == reason
 
 
 def test_scores_of_another_metric_are_no_rivals(
