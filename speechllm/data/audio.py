@@ -11,6 +11,7 @@ import io
 import mmap
 import os
 import stat
+from contextlib import nullcontext
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ import soxr
 from speechllm.data.files import local_path, read_bytes
 from speechllm.data.flac import decode_flac
 from speechllm.data.mp3 import with_length
-from speechllm.data.wav import decode_wav
+from speechllm.data.wav import decode_wav, missing_bytes
 from speechllm.errors import AudioError, DataError
 from speechllm.types import SAMPLE_RATE
 
@@ -167,6 +168,8 @@ def _open(source: str | io.BytesIO, extension: str) -> soundfile.SoundFile:
         )
     try:
         sound = _Stream(source)
+        if sound.format in ("WAV", "WAVEX"):
+            _refuse_cut_wav(source)
         mended = _mended_mp3(source) if sound.format == "MP3" else None
         return sound if mended is None else _Stream(io.BytesIO(mended))
     except soundfile.SoundFileError as error:
@@ -176,6 +179,18 @@ def _open(source: str | io.BytesIO, extension: str) -> soundfile.SoundFile:
                 f"ffmpeg -i IN.{extension} -ac 1 -ar 16000 OUT.flac"
             ) from error
         raise AudioError(f"undecodable: {_reason(error)}") from error
+
+
+def _refuse_cut_wav(source: str | io.BytesIO) -> None:
+    with open(source, "rb") if isinstance(source, str) else nullcontext(source) as file:
+        at = file.tell()
+        missing = missing_bytes(file)
+        file.seek(at)
+    if missing:
+        raise AudioError(
+            f"undecodable: cut short, {missing:,} bytes of the samples that its header tells of "
+            "are missing; copy it anew"
+        )
 
 
 def _mended_mp3(source: str | io.BytesIO) -> bytes | None:

@@ -113,7 +113,7 @@ def test_what_is_no_audio_is_refused(data: bytes) -> None:
             read(data, "flac")
 
 
-@pytest.mark.parametrize(("kind", "extension"), [("FLAC", "flac"), ("MP3", "mp3")])
+@pytest.mark.parametrize(("kind", "extension"), [("FLAC", "flac"), ("MP3", "mp3"), ("WAV", "wav")])
 def test_half_a_file_is_refused(kind: str, extension: str) -> None:
     data = encode(tone(2.0), 16000, kind)
     with pytest.raises(AudioError, match=r"^undecodable: "):
